@@ -11,7 +11,7 @@ import argparse
 from itertools import product
 
 import torch
-from decode import copy_rate, seconds_of
+from decode_models import copy_rate, seconds_of
 
 from bytelatent.kernels.decode_attention import (
     AttentionLaunch,

@@ -1,6 +1,8 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
-    python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [profile] [--new 512]
+    python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [--new 512]
+    python benchmarks/decode.py profile [--apart] [--slots 1 64] [--model blt-1b] [--quorum 0.33] [--closing 32]
+    python benchmarks/decode.py slots [--slots 1 4 16 64 128 256] [--new 512] and the same options
     python benchmarks/decode.py [one8] [caches8] [cpu] [leaks --minutes 60]
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
@@ -17,147 +19,29 @@ cpu      the demo's BLT on the CPU, against the whole forward pass for every byt
 leaks    sequences join, leave and are cancelled for --minutes; memory every twelfth of it
 prefill  64 x 8,192 bytes, against the card's matrix rate
 peer     transformers' generate
-profile  where a step's time goes
+profile  the kernels of a step: launches, microseconds of each, share of the step. Launches overlap and the entropy
+         model runs beside encoder and decoder, so these times include waiting; with --apart kernels follow one another
+slots    a table by slots: bytes/s, share of the limit, milliseconds per step, time to first byte, memory
+
+Without a GPU `profile` and `slots` run the plain step on the CPU: --model demo-blt.
 """
 
 import argparse
 import time
-from itertools import chain
 from typing import Any, get_args
 
 import torch
+from decode_models import DEVICE, DRAW, PATCH_BYTES, copy_rate, decoder_of, matrix_rate, random_prompts
+from decode_slots import Closing, generate, profile, table
 
 from bytelatent.inference import Decoder, Engine, Sampling
 from bytelatent.inference.quantize import quantize_model
 from bytelatent.inference.settings import KVCacheNumbers, Quantization
-from bytelatent.inference.step import QUORUM, CapturedSlots, PrefillDecoder, engine_for, sampling
+from bytelatent.inference.step import QUORUM, CapturedSlots, PrefillDecoder, engine_for
 from bytelatent.inference.step.prefill import PrefillStack
-from bytelatent.model import BLTModel, BLTSettings, ByteLM, build_model, pack_rows, preset
+from bytelatent.model import build_model, pack_rows, preset
 from bytelatent.model.flops import costs
 from bytelatent.patching import PatchSettings
-
-PATCH_BYTES = 4.5
-DRAW = Sampling(temperature=1.0)
-
-
-def random_model(settings: Any, dtype: torch.dtype, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("cuda"):
-            return build_model(settings).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
-def random_prompts(count: int, size: int, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    bos = torch.ones(1, dtype=torch.long)
-    return [torch.cat([bos, torch.randint(4, 260, [size], generator=generator)]) for _ in range(count)]
-
-
-def decoder_of(name: str, weights: Quantization = "full", kv_cache: KVCacheNumbers = "full") -> Decoder:
-    """A random model, and a threshold that gives patches of 4.5 bytes on what it writes."""
-    byte_lm = random_model(preset("entropy"), torch.bfloat16, seed=1)
-    byte_lm.output.weight.data.mul_(4)  # else its entropies are so alike that rounding decides about patches
-    sampling.EOS = -1  # no text ends, so that all are as long
-    model = quantize_model(random_model(preset(name), torch.bfloat16), weights)
-    decoder = PrefillDecoder(model, PatchSettings(threshold=5.0), byte_lm, kv_cache)
-    for _ in range(2):  # what it writes depends a little on the patches
-        decoder.patching = PatchSettings(threshold=threshold_on_own_text(decoder, byte_lm))
-    return decoder
-
-
-def threshold_on_own_text(decoder: Decoder, byte_lm: ByteLM) -> float:
-    engine = Engine(decoder, CapturedSlots(decoder, 16), 16)
-    asked = [engine.submit(prompt, DRAW, 256)[0] for prompt in random_prompts(16, 512, seed=7)]
-    engine.run()
-    stream = pack_rows([torch.cat([one.prompt, torch.tensor(one.ids)]) for one in asked]).to("cuda")
-    written = byte_lm.entropies(stream)[stream.position > 512]
-    return float(written.float().quantile(1 - 1 / PATCH_BYTES))
-
-
-def copy_rate() -> float:
-    """Bytes a second, read and written, of a copy on the device."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * len(source) / seconds_of(lambda: target.copy_(source), 10)
-
-
-def matrix_rate() -> float:
-    """FLOP/s of an 8192-cubed product in bfloat16."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    return 2 * 8192**3 / seconds_of(lambda: a @ b, 10)
-
-
-def seconds_of(work: Any, times: int) -> float:
-    for _ in range(3):
-        work()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
-        work()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / times
-
-
-def lower_bound(decoder: Decoder, rows: int, quorum: float, position: int) -> float:
-    """Seconds that reading what a step must read takes: weights once, caches of all rows, and those of the global
-    transformer as often as it runs: once a patch for one row, at most once for `quorum` of many rows' patches."""
-    model, byte_lm = decoder.model, decoder.byte_lm
-    assert isinstance(model, BLTModel)
-    assert byte_lm is not None
-
-    def weights(*parts: Any) -> int:  # quantized ones are buffers
-        stored = (p for part in parts for p in chain(part.parameters(), part.buffers()))
-        return sum(p.numel() * p.element_size() for p in stored)
-
-    def cache(settings: Any, seen: int) -> int:
-        head = 2 * settings.head_dim if decoder.kv_cache == "full" else settings.head_dim + 1
-        return 2 * settings.num_layers * settings.kv_heads * head * seen
-
-    settings: BLTSettings = model.settings
-    inner = byte_lm.settings
-    seen = min(position, 512)
-    by_byte = weights(byte_lm, model.decoder) + weights(model.encoder) - weights(model.encoder.ngram_hash)
-    by_byte += rows * (cache(inner, seen) + cache(settings.encoder, seen) + cache(settings.decoder, seen))
-    times = min(1.0, rows / PATCH_BYTES / max(quorum * rows, 1))  # that it runs in a step
-    by_patch = weights(model.global_transformer) * times
-    by_patch += rows / PATCH_BYTES * cache(settings.global_transformer, int(position / PATCH_BYTES))
-    return (by_byte + by_patch) / copy_rate()
-
-
-def generate(decoder: Decoder, count: int, new: int, quorum: float = 0.0, max_closing: int | None = None) -> None:
-    """Warm up, then time `count` sequences of `new` bytes from the first drawn byte on."""
-    slots = CapturedSlots(decoder, count, quorum, max_closing)
-    engine = Engine(decoder, slots, count)
-    began = time.perf_counter()
-    for prompt in random_prompts(count, 16, seed=3):
-        engine.submit(prompt, DRAW, 24)
-    engine.run()
-    warm = time.perf_counter() - began
-    asked = [engine.submit(prompt, DRAW, new)[0] for prompt in random_prompts(count, 512)]
-    engine.advance()
-    torch.cuda.synchronize()
-    state = slots.step.state
-    position, num_patches, first_step = state.position.sum(), state.num_patches.sum(), slots.num_steps
-    began = time.perf_counter()
-    before = sum(len(one.ids) for one in asked)
-    engine.run()
-    torch.cuda.synchronize()
-    took = time.perf_counter() - began
-    drawn = sum(len(one.ids) for one in asked) - before
-    patch = float((state.position.sum() - position) / (state.num_patches.sum() - num_patches))
-    limit = count / lower_bound(decoder, count, quorum, 512 + new // 2)
-    rate = drawn / took
-    print(
-        f"{count} sequences, quorum {quorum:.2f}, {max_closing or count} closing: {rate:,.0f} bytes/s, "
-        f"{rate / limit:.0%} of the limit's {limit:,.0f}; {took / (drawn / count) * 1e3:.3f} ms per byte of each, "
-        f"{patch:.2f} bytes per patch, warm-up {warm:.1f} s"
-        f", {took / (slots.num_steps - first_step) * 1e3:.3f} ms per step",
-        flush=True,
-    )
 
 
 def check() -> None:
@@ -336,26 +220,16 @@ def peer() -> None:
     print(f"transformers' generate: {64 / (time.perf_counter() - began):.1f} bytes/s", flush=True)
 
 
-def profile(decoder: Decoder, count: int, quorum: float = 0.0) -> None:
-    rows = CapturedSlots(decoder, count, quorum)
-    engine = Engine(decoder, rows, count)
-    for prompt in random_prompts(count, 512):
-        engine.submit(prompt, DRAW, 400)
-    for _ in range(60):
-        engine.advance()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(40):
-            engine.advance()
-        torch.cuda.synchronize()
-    print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=60))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["check", "peer", "one", "first", "prefill", "batch", "8b"])
     parser.add_argument("--new", type=int, default=512)
     parser.add_argument("--minutes", type=float, default=60.0, help="of leaks")
+    parser.add_argument("--slots", type=int, nargs="+", help="of profile and slots")
+    parser.add_argument("--model", default="blt-1b", help="preset, of profile and slots")
+    parser.add_argument("--quorum", type=float, default=QUORUM, help="of profile and slots")
+    parser.add_argument("--closing", type=int, help="slots that close a patch in a step at most, of profile and slots")
+    parser.add_argument("--apart", action="store_true", help="profile: launches do not overlap, and share one stream")
     given = parser.parse_args()
     if "cpu" in given.what:
         cpu()
@@ -363,13 +237,22 @@ def main() -> None:
     if "leaks" in given.what:
         leaks(given.minutes)
         return
-    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    print(torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", torch.__version__, flush=True)
+    if {"profile", "slots"} & set(given.what):
+        decoder, closing = decoder_of(given.model), Closing(given.quorum, given.closing)
+        if "profile" in given.what:
+            for count in given.slots or (1, 64):
+                profile(decoder, count, given.apart, closing)
+        if "slots" in given.what:
+            table(decoder, given.slots or (1, 4, 16, 64, 128, 256), given.new, closing)
+        del decoder
+        torch.cuda.empty_cache()
     if "check" in given.what:
         check()
     if "peer" in given.what:
         peer()
         torch.cuda.empty_cache()
-    if {"one", "batch", "first", "prefill", "profile"} & set(given.what):
+    if {"one", "batch", "first", "prefill"} & set(given.what):
         print(f"copy {copy_rate() / 1e12:.2f} TB/s, matrices {matrix_rate() / 1e12:.0f} TFLOP/s")
         decoder = decoder_of("blt-1b")
         if "one" in given.what:
@@ -381,9 +264,6 @@ def main() -> None:
                 generate(decoder, 64, given.new, quorum, max_closing)
         if "prefill" in given.what:
             prefill(decoder)
-        if "profile" in given.what:
-            profile(decoder, 1)
-            profile(decoder, 64, QUORUM)
         del decoder
         torch.cuda.empty_cache()
     if "one8" in given.what:

@@ -30,9 +30,9 @@ PROMPT = 512
 
 def new_model(name: str, dtype: torch.dtype) -> BLT:
     if torch.cuda.is_available():
-        import decode  # beside this file
+        import decode_models  # beside this file
 
-        decoder: Any = decode.decoder_of(name)
+        decoder: Any = decode_models.decoder_of(name)
         return BLT(decoder.model, Config(model=preset(name), context=8192, patching=decoder.patching), decoder.byte_lm)
     torch.manual_seed(0)
     config = Config(model=preset(name), context=8192, patching=PatchSettings(mode="space"))

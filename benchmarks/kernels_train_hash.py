@@ -1,10 +1,11 @@
 """Hash tables in training: what do dense gradients cost, and rows?
 
-    python benchmarks/kernels_train_hash.py [check] [time] [--bytes 16384 65536] [--rows 500002]
+    python benchmarks/kernels_train_hash.py [check] [time] [--bytes 16384 65536] [--rows 500002] [--weight-decay 0.1]
 
 check  on the GPU: sums, gradients, a step of the optimizer and a compiled graph, against the CPU in float64
 time   the tables of the released 1B shape: milliseconds of each part of a step, and the most memory it takes, for
-       Python source (which looks up few rows) and random bytes (which look up as many as there can be)
+       Python source (which looks up few rows) and random bytes (which look up as many as there can be); by rows also
+       of what happens every 256 steps: that all rows catch up, most of which no step has looked up
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bytelatent.kernels.row_adamw import HISTORY
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
 from bytelatent.model.settings import NgramHashSettings
@@ -38,13 +40,14 @@ def random_bytes(num_bytes: int) -> Tensor:
     return torch.randint(0, 256, (num_bytes,), generator=torch.Generator().manual_seed(0)) + OFFSET
 
 
-def optimizer_of(model: NgramHashEmbedding) -> torch.optim.Optimizer:
+def optimizer_of(model: NgramHashEmbedding, weight_decay: float) -> torch.optim.Optimizer:
+    patching = {**PATCHING, "weight_decay": weight_decay}
     if model.tables.sparse:
-        return SparseRowsAdamW(model.parameters(), **PATCHING)
-    return torch.optim.AdamW(model.parameters(), fused=model.tables.weight.is_cuda, weight_decay=0.0, **PATCHING)
+        return SparseRowsAdamW(model.parameters(), **patching)
+    return torch.optim.AdamW(model.parameters(), fused=model.tables.weight.is_cuda, **patching)
 
 
-def check() -> None:
+def check(weight_decay: float) -> None:
     """Raise if the GPU does not do what the CPU does."""
     ids, history = torch.cat([python_source(3000), torch.zeros(500, dtype=torch.long)]), torch.arange(3500) % 1300
     grads = torch.randn(3500, DIM, generator=torch.Generator().manual_seed(1))
@@ -55,7 +58,7 @@ def check() -> None:
         model = NgramHashEmbedding(exact.settings, DIM).cuda()
         model.load_state_dict(exact.state_dict())
         exact.tables.sparse = model.tables.sparse = sparse
-        ours, theirs = optimizer_of(model), optimizer_of(exact)
+        ours, theirs = optimizer_of(model, weight_decay), optimizer_of(exact, weight_decay)
         for run in (model, torch.compile(model, fullgraph=True)):
             found, expected = run(ids.cuda(), history.cuda()), exact(ids, history)
             report("sums", found, expected)
@@ -102,7 +105,7 @@ def time_parts(parts: dict[str, Callable[[], object]], repeats: int = 10) -> dic
     return {name: total / repeats for name, total in totals.items()}
 
 
-def time_step(ids: Tensor, rows: int, sparse: bool, text: str) -> None:
+def time_step(ids: Tensor, rows: int, sparse: bool, text: str, weight_decay: float) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with torch.device("cuda"):
@@ -110,7 +113,7 @@ def time_step(ids: Tensor, rows: int, sparse: bool, text: str) -> None:
         history, grads = torch.arange(len(ids)), torch.randn(len(ids), DIM)
     torch.nn.init.normal_(model.tables.weight, std=DIM**-0.5)
     model.tables.sparse = sparse
-    optimizer, ids, out = optimizer_of(model), ids.cuda(), []
+    optimizer, ids, out = optimizer_of(model, weight_decay), ids.cuda(), []
     if isinstance(optimizer, SparseRowsAdamW):
         optimizer.before_lookups(model)
     parts: dict[str, Callable[[], object]] = {
@@ -128,6 +131,15 @@ def time_step(ids: Tensor, rows: int, sparse: bool, text: str) -> None:
         f"{seen}{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most",
         flush=True,
     )
+    if isinstance(optimizer, SparseRowsAdamW):
+        state = optimizer.state[model.tables.weight]
+        state["step"].fill_(HISTORY)
+
+        def fall_behind() -> None:
+            state["last"].copy_(state["until"].clamp(max=16))
+
+        late = time_parts({"": fall_behind, "all rows": optimizer.catch_up})["all rows"]
+        print(f"    all rows after {HISTORY} steps, weight decay {weight_decay:g}: {late:.2f} ms", flush=True)
 
 
 def main() -> None:
@@ -135,15 +147,16 @@ def main() -> None:
     parser.add_argument("modes", nargs="*", default=["check", "time"], choices=["check", "time"])
     parser.add_argument("--bytes", type=int, nargs="*", default=[16_384, 65_536])
     parser.add_argument("--rows", type=int, default=500_002, help="of each of the 6 tables")
+    parser.add_argument("--weight-decay", type=float, default=0.0)
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if "check" in arguments.modes:
-        check()
+        check(arguments.weight_decay)
     if "time" in arguments.modes:
         for num_bytes in arguments.bytes:
             for text, ids in (("source", python_source(num_bytes)), ("noise", random_bytes(num_bytes))):
                 for sparse in (False, True):
-                    time_step(ids, arguments.rows, sparse, text)
+                    time_step(ids, arguments.rows, sparse, text, arguments.weight_decay)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from bytelatent.training import TrainSettings
 from bytelatent.training.profiling.measure import DOCUMENT
 
 PLANS = ("alone", "shard", "hybrid", "replicate", "tensor")
-OTHERS = ("rows", "dense", "float8", "selective", "full", "muon")
+OTHERS = ("rows", "dense", "float8", "selective", "full", "muon", "keep")
 CONTRARY = {"rows", "dense"}
 TINY_STACK = StackSettings(dim=32, num_layers=1, num_heads=2, window=64, multiple_of=16)
 TINY = BLTSettings(
@@ -38,6 +38,7 @@ class Configuration:
 
     Attributes:
         plan: `alone` is without FSDP, for one rank; any other one of one rank is FSDP on it.
+        keeps: whether gathered weights stay until the backward pass.
         tables: `rows` are the hash tables divided by rows, or, alone, their gradients by rows; `rows, gradients too`
             both.
     """
@@ -49,6 +50,7 @@ class Configuration:
     float8: bool
     checkpointing: str
     optimizer: str
+    keeps: bool
     size: int  # bytes a rank and step
 
     @classmethod
@@ -85,7 +87,9 @@ class Configuration:
             tables = "rows, gradients too"
         how = next((word for word in words if word in ("selective", "full")), "none")
         optimizer = "muon" if "muon" in words else "adamw"
-        return cls(name, model, plans[0], tables, "float8" in words, how, optimizer, int(own_size or size))
+        return cls(
+            name, model, plans[0], tables, "float8" in words, how, optimizer, "keep" in words, int(own_size or size)
+        )
 
     @property
     def settings(self) -> TrainSettings:
@@ -99,6 +103,7 @@ class Configuration:
             "tensor": tensor,
             "tables": "gather" if self.tables == "dense" else "rows",
             "activation_checkpointing": self.checkpointing,
+            "reshard_after_forward": not self.keeps,
         }
         return TrainSettings.parse(
             {
@@ -116,6 +121,7 @@ class Configuration:
     def words(self) -> str:
         words = {"alone": "no FSDP", "shard": "FSDP", "tensor": "FSDP, tensor 2"}.get(self.plan, self.plan)
         words += "" if self.checkpointing == "none" else f", recomputing {self.checkpointing}"
+        words += ", weights kept" if self.keeps else ""
         return f"{words}, Muon" if self.optimizer == "muon" else words
 
     def products(self, dtype: torch.dtype) -> str:

@@ -47,13 +47,13 @@ def model_of(name: str, device: str) -> BLT:
 
     if name not in PRESETS:
         return BLT.from_pretrained(name, device=device)
-    import decode  # beside this file
+    import decode_models  # beside this file
 
     from bytelatent.inference.step import sampling
     from bytelatent.vocab import BYTES
     from bytelatent.weights import Config
 
-    decoder = decode.decoder_of(name)
+    decoder = decode_models.decoder_of(name)
     BYTES.eos = sampling.EOS = -1
     config = Config(model=decoder.model.settings, context=8192, patching=decoder.patching)
     assert isinstance(decoder.model, BLTModel)

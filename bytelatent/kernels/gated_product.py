@@ -26,14 +26,13 @@ def plain_row_scale(x_TD: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x_TD.float().pow(2).mean(dim=-1) + eps)
 
 
-def row_scale(x_TD: Tensor, eps: float, run: Tensor | None = None) -> Tensor:
-    """The factor of RMSNorm for each row, float32 [T]; anything where `run`, one number on the device, is 0."""
+def row_scale(x_TD: Tensor, eps: float) -> Tensor:
+    """The factor of RMSNorm for each row, float32 [T]."""
     if not uses_kernels(x_TD):
         return plain_row_scale(x_TD, eps)
     size, dim = x_TD.shape
     scale_T = torch.empty(size, dtype=torch.float32, device=x_TD.device)
-    padded = power_of_two(dim)
-    row_scale_kernel[(size,)](x_TD, scale_T, run, eps, x_TD.stride(0), dim, padded, num_warps=2, **launch_options())
+    row_scale_kernel[(size,)](x_TD, scale_T, eps, x_TD.stride(0), dim, power_of_two(dim), num_warps=2)
     return scale_T
 
 
@@ -95,12 +94,9 @@ def gated_product(x_TD: Tensor, scale_T: Tensor, gate_up_2FD: Tensor) -> Tensor:
 
 
 @triton.jit
-def row_scale_kernel(x_ptr, out_ptr, run_ptr, eps, x_row, D: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):
+def row_scale_kernel(x_ptr, out_ptr, eps, x_row, D: tl.constexpr, PADDED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, PADDED)
-    wait_for_earlier(OVERLAP)
-    if run_ptr is not None and tl.load(run_ptr) == 0:
-        return
     x = tl.load(x_ptr + row * x_row + at, mask=at < D, other=0.0).to(tl.float32)
     tl.store(out_ptr + row, tl.rsqrt(tl.sum(x * x, 0) / D + eps))
 

@@ -6,7 +6,8 @@ misses the steps that do not look it up, and catches up before it is next read: 
 steps. However these are divided among calls, each is computed alike, so the bits are the same.
 
 Momentum fades until it moves nothing; see `lasting_steps`. Steps after that are left out, so that a row that is never
-looked up again soon costs nothing.
+looked up again soon costs nothing. With weight decay it costs one product a step and weight: for the same bits these
+are not joined.
 
 No size depends on how many rows there are, so the host need not wait for the device. Lookups are sorted by row; the
 first of each run of equal rows acts.
@@ -22,9 +23,11 @@ from torch import Tensor
 from bytelatent.kernels.hash_embed import entry_sums
 from bytelatent.kernels.launch import check_contiguous, tl, triton, uses_kernels
 
-# Shapes: R rows of a table, M lookups, U rows that are changed, D width, H steps of which the rates are held
+# Shapes: R rows of a table, M lookups, U rows that are changed, D width, H steps of which the rates are held, K rates
+# of a step: 2, or 3 with weight decay
 
 HISTORY = 256  # H: all rows catch up at least as often
+CACHED = 2**17  # weights that a CPU's cache holds
 FOREVER = 2**23  # steps: a step's number is counted exactly in float32 up to twice as many
 _SUMMED = "_num_entries_summed"  # an attribute of a gradient: another pass would add entries
 
@@ -36,11 +39,11 @@ class TableState:
     Attributes:
         weight_RD: the table.
         mean_RD, square_RD: the moments of each row's gradient, as of its last change.
-        last_R: the last step that changed a row, 0 for none.
+        last_R: the last step that changed a row, or its weights; 0 for none.
         until_R: the last step in which a row's momentum moves it.
         step: the number of steps done.
-        rates_H2: for step j at j % H: the learning rate over the correction of the mean, and one over the root of that
-            of the square.
+        rates_HK: for step j at j % H: the learning rate over the correction of the mean, and one over the root of that
+            of the square; with weight decay also the factor that all weights are multiplied by first.
         betas, eps: of AdamW.
     """
 
@@ -50,14 +53,18 @@ class TableState:
     last_R: Tensor
     until_R: Tensor
     step: Tensor
-    rates_H2: Tensor
+    rates_HK: Tensor
     betas: tuple[float, float]
     eps: float
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         moments = self.weight_RD, self.mean_RD, self.square_RD
-        return *moments, self.last_R, self.until_R, self.step, self.rates_H2
+        return *moments, self.last_R, self.until_R, self.step, self.rates_HK
+
+    @property
+    def decays(self) -> bool:
+        return self.rates_HK.shape[1] == 3
 
 
 def lasting_steps(betas: tuple[float, float], dtype: torch.dtype) -> int:
@@ -82,9 +89,10 @@ def lasting_steps(betas: tuple[float, float], dtype: torch.dtype) -> int:
     return min(FOREVER, max(0, math.ceil(math.log(torch.finfo(dtype).eps / 2 / bound) / math.log(ratio)) - 1))
 
 
-def rates_of(step: int, lr: float, betas: tuple[float, float]) -> tuple[float, float]:
-    """A row of `rates_H2`."""
-    return lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
+def rates_of(step: int, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> tuple[float, ...]:
+    """A row of `rates_HK`."""
+    rates = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
+    return (*rates, 1 - lr * weight_decay) if weight_decay else rates
 
 
 def sum_entries(gradient_RD: Tensor) -> Tensor:
@@ -105,19 +113,36 @@ def as_summed(gradient_RD: Tensor) -> Tensor:
 
 
 def plain_catch_up_rows(table: TableState, rows_M: Tensor | None) -> None:
-    rows_U = torch.arange(len(table.last_R), device=table.last_R.device) if rows_M is None else rows_M[_first(rows_M)]
-    rows_U = rows_U[table.last_R[rows_U] < table.until_R[rows_U].clamp(max=table.step)]
+    if rows_M is None:
+        rows_R = torch.arange(len(table.last_R), device=table.last_R.device)
+        # With weight decay all rows of the table change, in every step: in parts that stay in a CPU's cache.
+        parts = rows_R.split(max(1, CACHED // table.weight_RD.shape[1])) if table.decays else [rows_R]
+    else:
+        parts = [rows_M[_first(rows_M)]]
+    for rows_U in parts:
+        _catch_up(table, rows_U)
+
+
+def _catch_up(table: TableState, rows_U: Tensor) -> None:
+    stop_U = table.until_R[rows_U].clamp(max=table.step)
+    end_U = table.step.expand_as(stop_U) if table.decays else stop_U
+    late_U = table.last_R[rows_U] < end_U
+    rows_U, stop_U, end_U = rows_U[late_U], stop_U[late_U], end_U[late_U]
     if rows_U.numel() == 0:
         return
-    last_U, stop_U = table.last_R[rows_U], table.until_R[rows_U].clamp(max=table.step)
+    last_U, last_stop = table.last_R[rows_U], int(stop_U.max())
     weight_UD, mean_UD, square_UD = table.weight_RD[rows_U], table.mean_RD[rows_U], table.square_RD[rows_U]
-    for step in range(int(last_U.min()) + 1, int(stop_U.max()) + 1):
-        now = ((last_U < step) & (stop_U >= step)).nonzero()[:, 0]
-        weight_UD[now], mean_UD[now], square_UD[now] = _adamw(
-            weight_UD[now], mean_UD[now], square_UD[now], 0.0, table.rates_H2[step % HISTORY], table
-        )
+    for step in range(int(last_U.min()) + 1, int(end_U.max()) + 1):
+        rates_K, is_late_U = table.rates_HK[step % HISTORY], last_U < step
+        if table.decays:
+            weight_UD *= torch.where(is_late_U, rates_K[2], 1.0)[:, None]
+        if step <= last_stop:
+            now = (is_late_U & (stop_U >= step)).nonzero()[:, 0]
+            weight_UD[now], mean_UD[now], square_UD[now] = _adamw(
+                weight_UD[now], mean_UD[now], square_UD[now], 0.0, rates_K, table
+            )
     table.weight_RD[rows_U], table.mean_RD[rows_U], table.square_RD[rows_U] = weight_UD, mean_UD, square_UD
-    table.last_R[rows_U] = stop_U
+    table.last_R[rows_U] = end_U
 
 
 def catch_up_rows(table: TableState, rows_M: Tensor | None = None) -> None:
@@ -133,7 +158,7 @@ def catch_up_rows(table: TableState, rows_M: Tensor | None = None) -> None:
     if size > 0:
         beta1, beta2 = table.betas
         row_adamw_catch_up_kernel[(size,)](
-            *(*_checked(table), rows_M, 1 - beta1, beta2, 1 - beta2, table.eps), HISTORY=HISTORY, **_blocks(table)
+            *(*_checked(table), rows_M, 1 - beta1, beta2, 1 - beta2, table.eps), **_sizes(table)
         )
 
 
@@ -141,12 +166,14 @@ def plain_row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None
     plain_catch_up_rows(replace(table, step=table.step - 1), rows_M)
     first_M = _first(rows_M)
     rows_U, grads_UD = rows_M[first_M], grads_MD[first_M]
-    left_out_U = (table.step - 1 - table.last_R[rows_U])[:, None]
+    left_out_U = (table.step - 1 - table.until_R[rows_U]).clamp(min=0)[:, None]
     mean_UD = table.mean_RD[rows_U] * table.betas[0] ** left_out_U
     square_UD = table.square_RD[rows_U] * table.betas[1] ** left_out_U
-    rates = table.rates_H2[table.step.long() % HISTORY]
+    rates_K, weight_UD = table.rates_HK[table.step.long() % HISTORY], table.weight_RD[rows_U]
+    if table.decays:
+        weight_UD *= rates_K[2]
     table.weight_RD[rows_U], table.mean_RD[rows_U], table.square_RD[rows_U] = _adamw(
-        table.weight_RD[rows_U], mean_UD, square_UD, grads_UD, rates, table
+        weight_UD, mean_UD, square_UD, grads_UD, rates_K, table
     )
     table.last_R[rows_U] = table.step
     table.until_R[rows_U] = table.step + lasting_steps(table.betas, table.weight_RD.dtype)
@@ -169,8 +196,7 @@ def row_adamw(table: TableState, rows_M: Tensor, grads_MD: Tensor) -> None:
         logarithms = (math.log2(max(beta, 1e-38)) for beta in table.betas)
         row_adamw_kernel[(rows_M.shape[0],)](
             *(*_checked(table), rows_M, grads_MD, 1 - beta1, beta2, 1 - beta2, table.eps, *logarithms, lasting),
-            HISTORY=HISTORY,
-            **_blocks(table),
+            **_sizes(table),
         )
 
 
@@ -182,12 +208,15 @@ def _first(rows_M: Tensor) -> Tensor:
 
 
 def _adamw(
-    weight: Tensor, mean: Tensor, square: Tensor, grad: Tensor | float, rates: Tensor, table: TableState
+    weight: Tensor, mean: Tensor, square: Tensor, grad: Tensor | float, rates_K: Tensor, table: TableState
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight and both moments after a step. No `lerp`, which rounds by where in a tensor a number is."""
+    """The weight, which has decayed, and both moments after a step.
+
+    No `lerp`, which rounds by where in a tensor a number is.
+    """
     mean = mean + (grad - mean) * (1 - table.betas[0])
     square = square * table.betas[1] + grad * grad * (1 - table.betas[1])
-    return weight - rates[0] * mean / (square.sqrt() * rates[1] + table.eps), mean, square
+    return weight - rates_K[0] * mean / (square.sqrt() * rates_K[1] + table.eps), mean, square
 
 
 def _checked(table: TableState) -> tuple[Tensor, ...]:
@@ -196,11 +225,11 @@ def _checked(table: TableState) -> tuple[Tensor, ...]:
     return table.tensors
 
 
-def _blocks(table: TableState) -> dict[str, Any]:
-    """A row in blocks that divide it, where they can, so that no thread computes what is not there."""
+def _sizes(table: TableState) -> dict[str, Any]:
+    """Of the kernels. A row in blocks that divide it, where they can, so that no thread computes what is not there."""
     dim = table.weight_RD.shape[1]
     block = max(128, min(dim & -dim, 1024))
-    return {"D": dim, "BLOCK": block, "num_warps": block // 128}
+    return {"HISTORY": HISTORY, "K": table.rates_HK.shape[1], "D": dim, "BLOCK": block, "num_warps": block // 128}
 
 
 # Kernels. One program has a whole row: all of it sees the same `last`, which it changes once all have read it.
@@ -209,7 +238,7 @@ def _blocks(table: TableState) -> dict[str, Any]:
 @triton.jit
 def row_adamw_catch_up_kernel(
     weight_ptr, mean_ptr, square_ptr, last_ptr, until_ptr, step_ptr, rates_ptr, rows_ptr,
-    rest1, beta2, rest2, eps, HISTORY: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    rest1, beta2, rest2, eps, HISTORY: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     row = place.to(tl.int64)
@@ -218,28 +247,37 @@ def row_adamw_catch_up_kernel(
         if tl.load(rows_ptr + place - 1, mask=place > 0, other=-1) == row:
             return
     last = tl.load(last_ptr + row).to(tl.int32)
-    stop = tl.minimum(tl.load(until_ptr + row), tl.load(step_ptr)).to(tl.int32)
-    if last >= stop:
+    step = tl.load(step_ptr)
+    stop = tl.minimum(tl.load(until_ptr + row), step).to(tl.int32)
+    end = stop
+    if K == 3:
+        end = step.to(tl.int32)
+    if last >= end:
         return
     for begin in range(0, D, BLOCK):
         d = begin + tl.arange(0, BLOCK)
         inside, at = d < D, row * D + d
+        moves = inside
+        if K == 3:
+            moves = inside & (last < stop)
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-        mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-        square = tl.load(square_ptr + at, mask=inside, other=0.0)
-        weight, mean, square = made_up(weight, mean, square, last, stop, rates_ptr, rest1, beta2, rest2, eps, HISTORY)
+        mean = tl.load(mean_ptr + at, mask=moves, other=0.0)
+        square = tl.load(square_ptr + at, mask=moves, other=0.0)
+        weight, mean, square = made_up(
+            weight, mean, square, last, stop, end, rates_ptr, rest1, beta2, rest2, eps, HISTORY, K
+        )
         tl.store(weight_ptr + at, weight, mask=inside)
-        tl.store(mean_ptr + at, mean, mask=inside)
-        tl.store(square_ptr + at, square, mask=inside)
+        tl.store(mean_ptr + at, mean, mask=moves)
+        tl.store(square_ptr + at, square, mask=moves)
     tl.debug_barrier()
-    tl.store(last_ptr + row, stop.to(tl.float32))
+    tl.store(last_ptr + row, end.to(tl.float32))
 
 
 @triton.jit
 def row_adamw_kernel(
     weight_ptr, mean_ptr, square_ptr, last_ptr, until_ptr, step_ptr, rates_ptr, rows_ptr, grads_ptr,
-    rest1, beta2, rest2, eps, log_beta1, log_beta2, lasting, HISTORY: tl.constexpr, D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rest1, beta2, rest2, eps, log_beta1, log_beta2, lasting, HISTORY: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     row = tl.load(rows_ptr + place)
@@ -248,8 +286,8 @@ def row_adamw_kernel(
     step = tl.load(step_ptr).to(tl.int32)
     last = tl.load(last_ptr + row).to(tl.int32)
     stop = tl.minimum(tl.load(until_ptr + row).to(tl.int32), step - 1)
-    left_out = (step - 1 - tl.maximum(last, stop)).to(tl.float32)
-    rates = rates_ptr + step % HISTORY * 2
+    left_out = (step - 1 - stop).to(tl.float32)
+    rates = rates_ptr + step % HISTORY * K
     for begin in range(0, D, BLOCK):
         d = begin + tl.arange(0, BLOCK)
         inside, at = d < D, row * D + d
@@ -257,10 +295,12 @@ def row_adamw_kernel(
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
         mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
         square = tl.load(square_ptr + at, mask=inside, other=0.0)
-        weight, mean, square = made_up(weight, mean, square, last, stop, rates_ptr, rest1, beta2, rest2, eps, HISTORY)
+        weight, mean, square = made_up(
+            weight, mean, square, last, stop, step - 1, rates_ptr, rest1, beta2, rest2, eps, HISTORY, K
+        )
         mean *= tl.exp2(left_out * log_beta1)
         square *= tl.exp2(left_out * log_beta2)
-        weight, mean, square = adamw(weight, mean, square, grad, rates, rest1, beta2, rest2, eps)
+        weight, mean, square = adamw(weight, mean, square, grad, rates, rest1, beta2, rest2, eps, K)
         tl.store(weight_ptr + at, weight, mask=inside)
         tl.store(mean_ptr + at, mean, mask=inside)
         tl.store(square_ptr + at, square, mask=inside)
@@ -271,18 +311,23 @@ def row_adamw_kernel(
 
 @triton.jit
 def made_up(
-    weight, mean, square, last, stop, rates_ptr, rest1, beta2, rest2, eps, HISTORY: tl.constexpr
+    weight, mean, square, last, stop, end, rates_ptr, rest1, beta2, rest2, eps, HISTORY: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
-    """The weights and both moments after the steps from `last` to `stop`."""
+    """The weights and both moments after the steps from `last` to `stop`, and those to `end` that only decay."""
     for step in range(last + 1, stop + 1):
-        rates = rates_ptr + step % HISTORY * 2
-        weight, mean, square = adamw(weight, mean, square, 0.0, rates, rest1, beta2, rest2, eps)
+        rates = rates_ptr + step % HISTORY * K
+        weight, mean, square = adamw(weight, mean, square, 0.0, rates, rest1, beta2, rest2, eps, K)
+    if K == 3:
+        for step in range(tl.maximum(last, stop) + 1, end + 1):
+            weight *= tl.load(rates_ptr + step % HISTORY * K + 2)
     return weight, mean, square
 
 
 @triton.jit
-def adamw(weight, mean, square, grad, rates, rest1, beta2, rest2, eps):
+def adamw(weight, mean, square, grad, rates, rest1, beta2, rest2, eps, K: tl.constexpr):
     """The weights and both moments after a step."""
+    if K == 3:
+        weight *= tl.load(rates + 2)
     mean += (grad - mean) * rest1
     square = square * beta2 + grad * grad * rest2
     weight -= tl.load(rates) * mean / (tl.sqrt(square) * tl.load(rates + 1) + eps)

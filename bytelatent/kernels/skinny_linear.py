@@ -1,9 +1,10 @@
 # pyright: reportInvalidTypeForm=false
 """Products of a few rows with a large matrix, for decoding: the time is that of reading the matrix once.
 
-RMSNorm divides each row by one number, so it may be done after the product: for one row the kernel sums the squares of
-what it reads anyway, and the norm's weights are part of the matrix (`fold_norm`). The residual is added as the result
-is written, and a SwiGLU's gate is applied to it.
+RMSNorm divides each row by one number, so it may be done after the product, and the norm's weights are part of the
+matrix (`fold_norm`). For one row the kernel sums the squares of what it reads anyway; for more, the product that wrote
+the states has left the sums (`Squares`). The residual is added as the result is written, and a SwiGLU's gate is applied
+to it.
 
 For one row there is nothing for tensor cores to do: a program multiplies a few rows of the matrix with it and sums. For
 more, rows of the matrix are the product's tall side and the states its narrow one.
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelatent.kernels.gated_product import gate, gate_array, row_scale
+from bytelatent.kernels.gated_product import gate, gate_array
 from bytelatent.kernels.launch import (
     array,
     fetch,
@@ -35,60 +36,24 @@ from bytelatent.kernels.launch import (
     write_back,
 )
 from bytelatent.kernels.quantized import Matrix, QuantizedMatrix, dense
+from bytelatent.kernels.skinny_launch import PROGRAMS, SkinnyLaunch, launch_for
 
-# Shapes: M rows, at most a few hundred, K width of the states, N width of the result
+# Shapes: M rows, at most a few hundred, K width of the states, N width of the result, S blocks of columns
 
 LIBRARY_FROM = 64  # rows above which the library's product is faster, though its norm and gate are more kernels
 FLOAT32_LIBRARY_FROM = 16  # the same for float32, which tensor cores would round
 # The same of a quantized matrix. Written out for the library, nine bytes of it come and go for each one that the kernel
 # reads, which it does once for every 32 rows. (Counted, not measured.)
 QUANTIZED_LIBRARY_FROM = 128
-PROGRAMS = 132  # that run at once on the GPU that the launches are chosen for
 SMALL = 1 << 18  # multiplications of a product, for which OpenBLAS, NumPy's on most machines, uses one thread
 FETCHED = tl.constexpr(512)  # numbers of each row that are fetched while the kernel before runs
 
 
-@dataclass(frozen=True)
-class SkinnyLaunch:
-    """How a product is cut into programs.
+@dataclass
+class Squares:
+    """The squares of states, summed as a product writes them, for the norm of the product that reads them."""
 
-    Attributes:
-        block_m: rows a program; 1: multiply and sum, else tensor cores and a power of two from 16 on.
-        block_n: columns of the result a program, a power of two; from 16 on with tensor cores.
-        block_k: how much of the width is read at once, a power of two; from 16 on with tensor cores.
-        num_stages: how many such parts of the width are loaded at once.
-        splits: programs that share the width; only with tensor cores. The last of them to finish adds up what they
-            found, always in the same order.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    splits: int = 1
-
-
-def launch_for(M: int, N: int, K: int, gated: bool = False, itemsize: int = 2) -> SkinnyLaunch:
-    """The launch for M rows, N columns of the result and a width of K, of a matrix of `itemsize` bytes a number."""
-    if M == 1:
-        if gated or (K >= 2048 and N <= 2048):
-            block_n = 4 if not gated and N * K > 2**23 else 2
-            return SkinnyLaunch(1, block_n, min(power_of_two(K), 1024), num_warps=4, num_stages=8)
-        block_n = next((size for size in (8, 4) if size * PROGRAMS <= N), 2)
-        # At 256 a warp has its own rows of the matrix, and no warp waits for another.
-        return SkinnyLaunch(1, block_n, min(power_of_two(K), 256), num_warps=min(block_n, 4), num_stages=8)
-    # 64 rows of the matrix are what Hopper's tensor cores take from shared memory at once.
-    block_m, block_n, block_k = (min(max(power_of_two(size), 16), 64) for size in (M, N, K))
-    if gated and N <= 64 * PROGRAMS // 2:
-        block_n = min(block_n, 32)  # of either matrix
-    tiles, splits = -(-M // block_m) * -(-N // block_n), 1
-    while not gated and splits < 4 and tiles * splits * 2 <= PROGRAMS and splits * 2 * 512 <= K:
-        splits *= 2
-    if splits > 1:
-        block_k = 128
-    num_stages = 2 if itemsize >= 4 else 4 if splits > 1 else 5 if gated else 8
-    return SkinnyLaunch(block_m, block_n, block_k, num_warps=4, num_stages=num_stages, splits=splits)
+    sums_MS: Tensor | None = None  # float32, of each row's blocks of columns; None: who reads the states sums them
 
 
 def fold_norm(weight_NK: Tensor, norm_K: Tensor) -> Tensor:
@@ -143,6 +108,7 @@ def skinny_linear(
     residual_scale: float = 1.0,
     out: Tensor | None = None,
     run: Tensor | None = None,
+    squares: Squares | None = None,
     launch: SkinnyLaunch | None = None,
 ) -> Tensor:
     """x Weight^T, of the normed x if `eps` is given, plus a residual; or silu(x Gate^T) * (x Up^T); [M, N].
@@ -158,10 +124,14 @@ def skinny_linear(
         residual_scale: what the residual is multiplied with first; cross-attention adds its input twice.
         out: where the result goes, of any dtype; may be the residual. A new tensor of the residual's dtype, else x's.
         run: one number on the device; where it is 0 nothing is written, or, with many rows, anything may be.
+        squares: with `eps` those of x; else the result's are left there.
         launch: see `launch_for`.
     """
     if not uses_kernels(x_MK):
         return plain_skinny_linear(x_MK, weight_NK, gated, eps, residual_MN, residual_scale, out, run)
+    left = squares if eps is None else None
+    if left is not None:
+        left.sums_MS = None  # another result's
     is_quantized = isinstance(weight_NK, QuantizedMatrix)
     weight, scale = (weight_NK.values, weight_NK.scale) if is_quantized else (weight_NK, None)
     most = LIBRARY_FROM if weight.element_size() < 4 else FLOAT32_LIBRARY_FROM
@@ -190,11 +160,17 @@ def skinny_linear(
         assert math.prod(grid) <= PROGRAMS, f"{math.prod(grid)} programs share widths; at most {PROGRAMS}"
         assert launch.block_m * launch.block_n * (1 + gated) <= 64 * 64, f"blocks of shared widths: {launch}"
         sums, arrived = _scratch(x_MK.device, torch.cuda.current_stream().cuda_stream if x_MK.is_cuda else 0)
-    x_scale = None if eps is None else row_scale(x_MK, eps, run)
+    of_x = None if squares is None or eps is None else squares.sums_MS
+    assert of_x is None or len(of_x) == M, "squares of other rows"
+    if left is not None:
+        assert not gated, "a gated product leaves no squares"
+        left.sums_MS = torch.empty(M, grid[1], dtype=torch.float32, device=x_MK.device)
     matrix_kernel[grid](
-        *(x_MK, weight, scale, x_scale, residual_MN, out, run, residual_scale, x_row, residual_row, out_row),
-        *(sums, arrived, M),
-        **(options | {"BLOCK_M": launch.block_m, "SPLITS": launch.splits}),
+        *(x_MK, weight, scale, of_x, residual_MN, out, None if left is None else left.sums_MS, run),
+        *(eps or 0.0, residual_scale, x_row, residual_row, out_row, sums, arrived, M),
+        **(options | {"NORM": eps is not None, "BLOCK_M": launch.block_m, "SPLITS": launch.splits}),
+        S=0 if of_x is None else of_x.shape[1],
+        PADDED_S=1 if of_x is None else power_of_two(of_x.shape[1]),
     )
     return out
 
@@ -321,12 +297,26 @@ def vector_kernel(
 
 
 @triton.jit
+def squares_of(x_at, k, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The sum of each row's squares."""
+    squares = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    for at in tl.range(0, K, BLOCK_K):
+        x = tl.load(x_at + at, mask=(k < K - at)[:, None], other=0.0).to(tl.float32)
+        squares += x * x
+    return tl.sum(squares, 0)
+
+
+@triton.jit
 def matrix_kernel(
-    x_ptr, weight_ptr, scale_ptr, x_scale_ptr, residual_ptr, out_ptr, run_ptr, residual_scale, x_row, residual_row,
-    out_row, sums_ptr, arrived_ptr, M, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, squares_ptr, residual_ptr, out_ptr, left_ptr, run_ptr, eps, residual_scale, x_row,
+    residual_row, out_row, sums_ptr, arrived_ptr, M, N: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PADDED_S: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Loads feed one `tl.dot` and nothing else: else Triton 3.6 refills a buffer that a product still reads."""
+    """Loads feed one `tl.dot` and nothing else: else Triton 3.6 refills a buffer that a product still reads.
+
+    So the norm's squares are loaded apart, before the product, behind which the time that this takes is hidden.
+    """
     MATRICES: tl.constexpr = 2 if GATED else 1
     ROWS: tl.constexpr = MATRICES * BLOCK_N  # of the matrix; gates and what they gate alternately
     # Programs that share rows of the matrix follow each other.
@@ -346,6 +336,13 @@ def matrix_kernel(
         return
     weight = weight_ptr + row[:, None] * K + k[None, :]
     x_at = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * x_row + k[:, None]
+    if NORM:
+        if squares_ptr is None:
+            squares = squares_of(x_at, k, K, BLOCK_M, BLOCK_K)[None, :]
+        else:
+            block = tl.arange(0, PADDED_S)[:, None]
+            squares_at = squares_ptr + tl.minimum(m, M - 1)[None, :] * S + block
+            squares = tl.load(squares_at, mask=block < S, other=0.0)
     acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
     for at in tl.range(begin, tl.minimum(begin + PART, K), BLOCK_K):
         if K % BLOCK_K == 0:
@@ -371,8 +368,8 @@ def matrix_kernel(
         tl.store(arrived_ptr + tile, 0)
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + row)[:, None]
-    if x_scale_ptr is not None:
-        acc *= tl.load(x_scale_ptr + tl.minimum(m, M - 1))[None, :]
+    if NORM:
+        acc *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
     y = acc
     if GATED:
         y, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N, 2, BLOCK_M]), (0, 2, 1)))
@@ -383,4 +380,8 @@ def matrix_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + wide * residual_row + n[:, None], mask=stored, other=0.0)
         y += residual_scale * residual.to(tl.float32)
-    tl.store(out_ptr + wide * out_row + n[:, None], y.to(out_ptr.dtype.element_ty), mask=stored)
+    y = y.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + wide * out_row + n[:, None], y, mask=stored)
+    if left_ptr is not None:
+        y = tl.where(stored, y.to(tl.float32), 0.0)
+        tl.store(left_ptr + m * tl.num_programs(1) + tl.program_id(1), tl.sum(y * y, 0), mask=m < M)

@@ -11,12 +11,12 @@ from torch import Tensor
 from bytelatent.blt import BLT
 from bytelatent.inference import Decoder, prompt_bytes, prompt_ids
 from bytelatent.inference.kv_cache import BLTDecodeState, DecodeState
-from bytelatent.model import entropies
+from bytelatent.model import entropies, pack_rows
 from bytelatent.patching import PatchSettings
 from bytelatent.serving.answers import Plain
 from bytelatent.serving.choices import ByteInfo
 from bytelatent.serving.errors import ApiError
-from bytelatent.serving.patches import own_settings, patches_answer
+from bytelatent.serving.patches import own_settings, patch_entropies, patches_answer
 from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Statistics, Stopping, Ticket, Update
 from bytelatent.text.chat import DEFAULT_TEMPLATE
 from bytelatent.vocab import BOS, OFFSET, decode, encode
@@ -130,13 +130,13 @@ class Backend:
         """
         own = own_settings(self.blt, threshold)
         found = await self._entropies(data, own) if own.needs_entropies else None
-        return await self.call(lambda: patches_answer(self.blt, data, modes, threshold, with_patches, found))
+        return await asyncio.to_thread(patches_answer, self.blt, data, modes, threshold, with_patches, found)
 
-    async def _entropies(self, data: bytes, own: PatchSettings) -> Tensor | None:
-        """Of the ids of a long text [N], BOS first, read in pieces between which others decode; None of a short one."""
+    async def _entropies(self, data: bytes, own: PatchSettings) -> Tensor:
+        """Of the ids of a text [N], BOS first; a long one is read in pieces between which others decode."""
         ids = prompt_ids(data).to(self.blt.device)
         if own.reset_at_newline or len(ids) <= PIECE:
-            return None
+            return await self.call(lambda: patch_entropies(self.blt, own, pack_rows([ids])))
         byte_lm = self.blt.needed_entropy_model()
         assert byte_lm is not None
         decoder = Decoder(byte_lm, None, None)

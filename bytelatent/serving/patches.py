@@ -50,7 +50,7 @@ def patches_answer(
     settings = {mode_name(own): own} | {name: mode_settings(name) for name in modes if name != mode_name(own)}
     stream = pack_rows([prompt_ids(data)]).to(blt.device)
     if entropies is None and own.needs_entropies:
-        entropies = _entropies(blt, own, stream)
+        entropies = patch_entropies(blt, own, stream)
     costs = _Costs.of(blt, own)
     found = {}
     for name, each in settings.items():
@@ -100,7 +100,9 @@ def mode_settings(name: str) -> PatchSettings:
     return PatchSettings.parse({"mode": mode} | ({its.named_by: value} if its.named_by else {}), "modes")
 
 
-def _entropies(blt: BLT, settings: PatchSettings, stream: Stream) -> Tensor:
+@torch.no_grad()
+def patch_entropies(blt: BLT, settings: PatchSettings, stream: Stream) -> Tensor:
+    """The entropies by which patches are found, [T] nats."""
     byte_lm = blt.needed_entropy_model()
     assert isinstance(byte_lm, ByteLM)
     return entropies_of(byte_lm, lines_as_documents(stream) if settings.reset_at_newline else stream)

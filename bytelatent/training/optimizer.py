@@ -67,7 +67,7 @@ def catch_up(optimizer: torch.optim.Optimizer | Optimizers) -> None:
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer | Optimizers:
-    """The optimizer of all weights that are not frozen; only matrices decay, norms and embeddings do not.
+    """The optimizer of all weights that are not frozen; only matrices and hash tables decay, each by a setting.
 
     With `hash_gradients: rows` it makes the gradients of the model's hash tables sparse, and the model brings the rows
     of these up to date before it reads them.
@@ -93,7 +93,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
             kind = "muon"
         else:
             kind = "adamw"
-        decay = settings.weight_decay if is_matrix else 0.0
+        decay = settings.weight_decay if is_matrix else settings.hash_weight_decay if parameter in tables else 0.0
         groups[kind][decay, settings.lr_scale.of(name)].append(parameter)
 
     # Rows first, AdamW last: the device computes while the host prepares what takes it longer.

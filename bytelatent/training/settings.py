@@ -73,6 +73,7 @@ class OptimizerSettings(Settings):
         hash_gradients: with `rows` the gradients of the hash tables hold only the rows that a step reads, and AdamW
             changes only these. A row makes up for the steps it missed before it is read again, so the results are the
             same but for rounding.
+        hash_weight_decay: `weight_decay` is for matrices, and this for hash tables: of all rows, in every step.
     """
 
     lr: float = Field(default=4e-4, gt=0)
@@ -90,6 +91,15 @@ class OptimizerSettings(Settings):
     clip: float = Field(default=1.0, gt=0)
     accumulation: int = Field(default=1, ge=1, le=10**6)
     hash_gradients: Literal["dense", "rows"] = "dense"
+    hash_weight_decay: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _leaves_weights(self) -> Self:
+        decay, rate = self.hash_weight_decay, self.lr * self.lr_scale.hash_tables
+        if decay * rate >= 1:
+            line = f"{decay:g} times the tables' learning rate {rate:g} leaves nothing of a weight; take a smaller one"
+            raise ValueError(f"hash_weight_decay: {line}")
+        return self
 
     @model_validator(mode="after")
     def _of_its_schedule(self) -> Self:
@@ -339,6 +349,8 @@ class TrainSettings(Settings):
                 raise ValueError("optimizer.lr_scale.hash_tables: this model has no hash tables; leave it out")
             if self.optimizer.hash_gradients == "rows":
                 raise ValueError("optimizer.hash_gradients: this model has no hash tables; leave 'rows' out")
+            if self.optimizer.hash_weight_decay:
+                raise ValueError("optimizer.hash_weight_decay: this model has no hash tables; leave it out")
         return self
 
     @model_validator(mode="after")

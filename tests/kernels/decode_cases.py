@@ -42,68 +42,17 @@ from bytelatent.kernels.decode_cross_attention import (
     plain_decoder_cross_attention_step,
     plain_encoder_cross_attention_step,
 )
-from bytelatent.kernels.gated_product import gate, plain_gate
 from bytelatent.kernels.hash_embed import hash_embed, ngram_powers, plain_hash_embed
-from bytelatent.kernels.quantized import QuantizedMatrix, Rounding
 from bytelatent.kernels.quantized_heads import dequantize_heads, quantize_heads
 from bytelatent.kernels.rotary import cos_sin, rotary_embedding
-from bytelatent.kernels.skinny_linear import SkinnyLaunch, plain_skinny_linear, skinny_linear
 from bytelatent.kernels.window_attention import BLOCK, first_seen, plain_window_attention, window_attention
 from bytelatent.model.ngram_hash import PRIMES
 from bytelatent.patching import PatchSettings
 from bytelatent.vocab import VOCAB_SIZE
+from tests.kernels.product_cases import Errors, difference, gating, leaving, skinny
 from tests.kernels.streams import stream_of_sizes
 
-Errors = dict[str, float]
-
-
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest one, where both are NaN none: what nobody writes is NaN."""
-    found, expected = found.double(), expected.double()
-    assert bool((found.isnan() == expected.isnan()).all()), "something was written, or not written, that should not be"
-    return float((found - expected).nan_to_num().abs().max()) if found.numel() else 0.0
-
-
-def skinny(
-    M: int,
-    N: int,
-    K: int,
-    dtype: str = "float32",
-    gated: bool = False,
-    norm: bool = True,
-    residual: str | None = None,
-    launch: list[int] | None = None,
-    rounding: Rounding | None = None,
-) -> Errors:
-    """Also: a row of its own gives what it gave among others, if both launches are alike, and `run` is heeded."""
-    kind = getattr(torch, dtype)
-    x, weight = torch.randn(M, K + 4).to(kind)[:, :K], (torch.randn(N * (1 + gated), K) / K**0.5).to(kind)
-    matrix = weight
-    if rounding:  # rows of very different sizes, so that each needs its own scale
-        matrix = QuantizedMatrix.of(weight * torch.rand(len(weight), 1).mul(2).add(0.1), rounding)
-    eps = 1e-5 if norm else None
-    options: dict = {"eps": eps, "gated": gated}
-    if residual:
-        options |= {"residual_MN": torch.randn(M, N, dtype=getattr(torch, residual)), "residual_scale": 2.0}
-    cut = {"launch": SkinnyLaunch(*launch) if launch else None}
-    found, expected = skinny_linear(x, matrix, **options, **cut), plain_skinny_linear(x, matrix, **options)
-    assert found.dtype == expected.dtype
-    x[1:] = x[:1]
-    if residual:
-        options["residual_MN"][1:] = options["residual_MN"][:1]
-    alike = skinny_linear(x, matrix, **options, **cut)
-    flag, out = torch.tensor([1, 0], dtype=torch.int32), torch.full((2, M, N), torch.nan)
-    skinny_linear(x, matrix, **options, **cut, out=out[0], run=flag[:1])
-    skinny_linear(x, matrix, **options, **cut, out=out[1], run=flag[1:])
-    assert bool(out[1].isnan().all()), "a kernel that should not run wrote something"
-    return {
-        "error": difference(found, expected),
-        "alike": difference(alike, alike[:1].expand_as(alike)) + difference(alike[0], found[0]),
-        "run": difference(out[0].to(found.dtype), alike),
-    }
 
 
 def attention(
@@ -344,13 +293,9 @@ def rounding(sizes: list[int], heads: int, head_dim: int) -> Errors:
     }
 
 
-def gating(rows: int, columns: int) -> Errors:
-    both = torch.randn(rows, 2 * columns)
-    return {"error": difference(gate(both), plain_gate(both))}
-
-
 CASES = {
     "skinny": skinny,
+    "leaving": leaving,
     "attention": attention,
     "reading": reading,
     "gathering": gathering,

@@ -75,12 +75,16 @@ def entries(rows: int, lookups: int, dim: int) -> Errors:
     }
 
 
-def update(rows: int, lookups: int, dim: int, betas: tuple[float, float] = (0.9, 0.95)) -> Errors:
+def update(
+    rows: int, lookups: int, dim: int, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.0
+) -> Errors:
     """Steps that look up some rows, several times; then all rows catch up. A history has wrapped around."""
     step = HISTORY + 7
-    rates = torch.tensor([rates_of(step - (step - place) % HISTORY, 0.01, betas) for place in range(HISTORY)])
+    rates = [rates_of(step - (step - place) % HISTORY, 0.01, betas, weight_decay) for place in range(HISTORY)]
+    rates = torch.tensor(rates)
     last, until = torch.randint(step - 9, step + 1, (rows,)).float(), torch.randint(step - 9, step + 9, (rows,)).float()
-    last = torch.minimum(last, until)
+    if not weight_decay:
+        last = torch.minimum(last, until)
     tensors = [torch.randn(rows, dim), torch.randn(rows, dim), torch.rand(rows, dim) + 1e-4, last, until]
     tensors += [torch.tensor(float(step)), rates]
     table, copy = (TableState(*(x.clone() for x in tensors), betas=tuple(betas), eps=1e-8) for _ in range(2))
@@ -93,7 +97,7 @@ def update(rows: int, lookups: int, dim: int, betas: tuple[float, float] = (0.9,
             if number != 1:  # else the update does it
                 caught_up(each, which)
             each.step.add_(1)
-            each.rates_H2[int(each.step) % HISTORY] = torch.tensor(rates_of(int(each.step), 0.02, betas))
+            each.rates_HK[int(each.step) % HISTORY] = torch.tensor(rates_of(int(each.step), 0.02, betas, weight_decay))
             updated(each, which, grads)
     catch_up_rows(table)
     plain_catch_up_rows(copy, None)
@@ -104,7 +108,7 @@ def update(rows: int, lookups: int, dim: int, betas: tuple[float, float] = (0.9,
     return errors
 
 
-def steps(size: int, dim: int, rows: int, sharded: bool = False) -> Errors:
+def steps(size: int, dim: int, rows: int, sharded: bool = False, weight_decay: float = 0.0) -> Errors:
     """Tables trained by rows, through a look-up, its gradient, clipping and AdamW, against dense ones in float64.
 
     Args:
@@ -120,10 +124,10 @@ def steps(size: int, dim: int, rows: int, sharded: bool = False) -> Errors:
         shard_tables(model, DEVICE, 1)
     weight, exact_weight = model.tables.weight, exact.tables.weight
     model.tables.sparse = True
-    patching: dict = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6}
+    patching: dict = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": weight_decay}
     optimizer = SparseRowsAdamW([weight], **patching)
     optimizer.before_lookups(model)
-    expected = torch.optim.AdamW([exact_weight], weight_decay=0.0, foreach=False, **patching)
+    expected = torch.optim.AdamW([exact_weight], foreach=False, **patching)
     errors: Errors = {}
     for step in range(5):
         ids, history = torch.randint(0, 5 + step % 2, (size,)), torch.arange(size)

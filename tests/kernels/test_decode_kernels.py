@@ -1,5 +1,7 @@
 """The kernels of a decoding step in Triton's interpreter beside their plain twins, and the twins beside the model."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,11 @@ from bytelatent.kernels.decode_cross_attention import (
 )
 from bytelatent.kernels.gated_product import interleaved
 from bytelatent.kernels.hash_embed import ngram_powers, plain_hash_embed
+from bytelatent.kernels.launch import power_of_two
 from bytelatent.kernels.patch_attention import ByteRanges, decoder_cross_attention, encoder_cross_attention
 from bytelatent.kernels.rotary import rotary_embedding, rotate
-from bytelatent.kernels.skinny_linear import fold_norm, launch_for, plain_skinny_linear
+from bytelatent.kernels.skinny_launch import launch_for
+from bytelatent.kernels.skinny_linear import fold_norm, matrix_kernel, plain_skinny_linear
 from bytelatent.model.attention import build_mask
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import PRIMES, NgramHashEmbedding
@@ -85,6 +89,60 @@ def test_skinny_products_of_quantized_matrices(rounding: str) -> None:
         {"M": 70, "N": 17, "K": 48},
     ]
     check(skinny=[{**case, "rounding": rounding} for case in cases])
+
+
+def test_squares_left_for_a_norm() -> None:
+    """Also of blocks that are not whole, of shared widths, and of a result more precise than its matrix."""
+    matrix = [16, 16, 32, 4, 2]
+    check(
+        leaving=[
+            {"M": 1, "N": 40, "K": 64},
+            {"M": 5, "N": 40, "K": 64, "launch": matrix},
+            {"M": 20, "N": 72, "K": 100, "launch": [16, 16, 16, 4, 2, 2], "readers": [16, 16, 16, 4, 2, 1]},
+            {"M": 3, "N": 80, "K": 96, "dtype": "float16"},
+            {"M": 3, "N": 48, "K": 64, "dtype": "float16", "out": "float32", "launch": matrix, "readers": matrix},
+            {"M": 18, "N": 64, "K": 64, "rounding": "int8", "launch": matrix, "readers": matrix},
+        ],
+    )
+
+
+def test_steps_with_kernels_are_the_engines() -> None:
+    case = {"name": "entropy", "kind": "assuming, seldom", "prompts": ["The", "a longer"], "new": 5}
+    [found] = interpreted("tests.kernels.step_cases", [("steps", case)])
+    assert found["unequal"] == 0
+    assert found["error"] < 3e-5
+    assert found["left"] > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "norm", "left"), [((2304, 768), 12, False), ((768, 2048), 0, True), ((1024, 768), None, False)]
+)
+def test_products_of_many_rows_compile(size: tuple[int, int], norm: int | None, left: bool) -> None:
+    """For a GPU, which takes none: with squares that were left, leaving squares, and with none."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    (N, K), names, launch = size, matrix_kernel.arg_names, launch_for(64, *size)
+    constants: dict[str, Any] = {"N": N, "K": K, "S": norm or 0, "PADDED_S": power_of_two(norm or 1)}
+    constants |= {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
+    constants |= {"SPLITS": launch.splits, "NORM": norm != 0, "GATED": False, "OVERLAP": True}
+    absent = {"scale_ptr": True, "run_ptr": True, "squares_ptr": not norm, "left_ptr": not left}
+    absent |= {"residual_ptr": not left, "sums_ptr": launch.splits == 1, "arrived_ptr": launch.splits == 1}
+    constants |= {name: None for name, is_absent in absent.items() if is_absent}
+    kinds = dict.fromkeys(("x_ptr", "weight_ptr", "residual_ptr", "out_ptr"), "*bf16") | {"arrived_ptr": "*i32"}
+    kinds |= dict.fromkeys(("squares_ptr", "left_ptr", "sums_ptr"), "*fp32") | {"eps": "fp32", "residual_scale": "fp32"}
+    kinds |= dict.fromkeys(("x_row", "residual_row", "out_row", "M"), "i32") | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        matrix_kernel,
+        {name: kinds[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if kinds[name][0] == "*"},
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "launch_pdl": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma" in compiled.asm["ptx"]
+    assert "cubin" in compiled.asm
 
 
 def test_decode_attention() -> None:

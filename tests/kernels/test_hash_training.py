@@ -44,8 +44,12 @@ def test_kernels() -> None:
             {"rows": 9, "lookups": 5, "dim": 40},
             {"rows": 4, "lookups": 9, "dim": 1030, "betas": [0.0, 0.9]},
             {"rows": 4, "lookups": 0, "dim": 8},
+            {"rows": 12, "lookups": 5, "dim": 40, "weight_decay": 4.0},
         ],
-        steps=[{"size": 12, "dim": 24, "rows": 31}, {"size": 12, "dim": 24, "rows": 31, "sharded": True}],
+        steps=[
+            {"size": 12, "dim": 24, "rows": 31},
+            {"size": 12, "dim": 24, "rows": 31, "sharded": True, "weight_decay": 2.0},
+        ],
         entries=[
             {"rows": 9, "lookups": 40, "dim": 24},
             {"rows": 50, "lookups": 30, "dim": 130},
@@ -70,9 +74,12 @@ def test_kernels_compile_for_a_gpu() -> None:
     hashes: dict[str, Any] = {"N": 6, "PADDED_N": 8, "W": 8, "PADDED_W": 8, "V": 97, "OVERLAP": True}
     absent = dict.fromkeys(("tables_ptr", "embedding_ptr", "out_ptr", "run_ptr"))
     for kernel, constants in (
-        (row_adamw.row_adamw_kernel, {"HISTORY": 256}),
-        (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256}),
-        (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256, "rows_ptr": None}),
+        (row_adamw.row_adamw_kernel, {"HISTORY": 256, "K": 2}),
+        (row_adamw.row_adamw_kernel, {"HISTORY": 256, "K": 3}),
+        (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256, "K": 2}),
+        (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256, "K": 3}),
+        (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256, "K": 2, "rows_ptr": None}),
+        (row_adamw.row_adamw_catch_up_kernel, {"HISTORY": 256, "K": 3, "rows_ptr": None}),
         (hash_embed.row_sums_kernel, {"AT_ROWS": False}),
         (hash_embed.row_sums_kernel, {"AT_ROWS": True}),
         (hash_embed.hash_embed_kernel, hashes),

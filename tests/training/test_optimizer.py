@@ -19,7 +19,7 @@ from bytelatent.training.distributed.parallelize import ParallelPlan
 from bytelatent.training.gradients import Gradients, clip
 from bytelatent.training.optimizer import Optimizers, build_optimizer, catch_up
 from bytelatent.training.settings import OptimizerSettings, TrainSettings
-from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits
+from tests.training.tiny_runs import BLT, byte_lm_run, settings, unigram_bits, weights
 
 CPU = torch.device("cpu")
 TABLES = "encoder.ngram_hash.tables.weight"
@@ -98,6 +98,7 @@ def test_parts_have_their_learning_rates(name: Any, hash_gradients: Any) -> None
     scales = {"byte_embedding": 2.0, "hash_tables": 3.0, "encoder": 5.0, "global_transformer": 7.0, "decoder": 11.0}
     asked = OptimizerSettings.parse(
         {"name": name, "lr": 0.1, "lr_scale": scales, "weight_decay": 0.3, "hash_gradients": hash_gradients}
+        | {"hash_weight_decay": 0.2}
     )
     groups = {weight: group for weight, (_, group) in groups_by_name(model, build_optimizer(model, asked)).items()}
     for weight, group in groups.items():
@@ -105,7 +106,7 @@ def test_parts_have_their_learning_rates(name: Any, hash_gradients: Any) -> None
         assert group["lr"] == pytest.approx(0.1 * scales[part])
         assert group["lr_scale"] == scales[part]
         decays = model.get_parameter(weight).dim() == 2 and "embedding" not in weight and weight != TABLES
-        assert group["weight_decay"] == (0.3 if decays else 0.0), weight
+        assert group["weight_decay"] == (0.2 if weight == TABLES else 0.3 if decays else 0.0), weight
 
 
 def test_the_byte_embedding_of_a_byte_lm_has_a_rate_of_its_own() -> None:
@@ -163,6 +164,7 @@ def test_the_schedule_is_scaled(text: Path) -> None:
 def test_steps_by_rows_are_dense_ones(text: Path, accumulation: int) -> None:
     """What every batch reads, so all metrics; and once all rows have caught up, all weights."""
     given: dict[str, Any] = {"accumulation": accumulation, "clip": 0.5, "lr_scale": {"hash_tables": 3.0}, "beta2": 0.8}
+    given["hash_weight_decay"] = accumulation - 1
     dense, rows = space_run(text, **given), space_run(text, **given, hash_gradients="rows")
     loader = Loader(dense.data, 0, Patcher(dense.patching))
     batches = [next(loader) for _ in range(8 * accumulation)]
@@ -178,6 +180,20 @@ def test_steps_by_rows_are_dense_ones(text: Path, accumulation: int) -> None:
     catch_up(state.optimizer)
     for name, parameter in other.named_parameters():
         torch.testing.assert_close(parameter, one.get_parameter(name), rtol=1e-8, atol=1e-8)
+
+
+def test_a_run_by_rows_writes_weights_that_have_decayed(tmp_path: Path, text: Path) -> None:
+    """Also those of rows that no step looks up: what a run with dense gradients writes."""
+    tables, optimizer = [], {"lr": 1e-2, "warmup_steps": 0, "hash_weight_decay": 5.0}
+    for kind in ("dense", "rows"):
+        more: dict[str, Any] = {"model": BLT, "patching": {"mode": "space"}}
+        more["optimizer"] = {**optimizer, "hash_gradients": kind}
+        tables.append(weights(train(settings(byte_lm_run(tmp_path / kind, text, 8, **more))))[TABLES])
+    torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-5)
+    unused = byte_lm_run(tmp_path / "x", text, 8, model=BLT, patching={"mode": "space"}, optimizer={"lr": 1e-9})
+    begin = weights(train(settings(unused)))[TABLES]
+    left = tables[1].norm(dim=1) / begin.norm(dim=1)
+    assert 0.6 < float(left.min()) < 0.85  # 1 - 0.05 to the eighth, by a rate that falls
 
 
 @pytest.mark.parametrize("model", ["byte LM", "BLT"])

@@ -117,6 +117,34 @@ def test_clipping_knows_the_norm_over_all_ranks(crew: Crew, text: Path) -> None:
     assert sum(float(g.square().sum()) for g in rank.gradients.values()) == pytest.approx(1e-4, rel=1e-3)
 
 
+def test_weights_that_stay_gathered_change_nothing_but_calls(
+    crew: Crew, text: Path, taken: dict[str, list[Taken]]
+) -> None:
+    stays = {**PLANS["shard"][1], "reshard_after_forward": False}
+    jobs = [(2, num_gathers, values(text, parallel=parallel)) for parallel in (PLANS["shard"][1], stays)]
+    [[found, *_], [found_staying, *_]] = crew.run(*jobs)
+    [ranks] = crew.run((2, take_steps, values(text, parallel=stays)))
+    assert 0 < found_staying < found
+    for rank, before in zip(ranks, taken["shard"], strict=True):
+        assert all(torch.equal(rank.weights[name], weight) for name, weight in before.weights.items())
+
+
+def num_gathers(given: dict[str, Any]) -> int:
+    with OperationCounter() as counter:
+        take_steps(given, 1)
+    return sum(count for name, count in counter.counts.items() if "allgather" in name)
+
+
+class OperationCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_a_model_without_cross_attention_is_divided_alike(crew: Crew, text: Path) -> None:
     more: dict[str, Any] = {"model": {**MODEL, "cross_attention": None, "joined_bytes": 3}}
     [[rank, *_]] = crew.run((2, take_steps, values(text, **more), 1))

@@ -130,7 +130,10 @@ def test_a_byte_lm_that_is_killed_goes_on_bit_for_bit(
         {"data": {"batch_patches": 30}},
         {"dtype": "bfloat16"},
         {"optimizer": {"lr": 3e-3, "warmup_steps": 3, "accumulation": 2, "hash_gradients": "rows"}},
-        {"optimizer": {"name": "muon", "warmup_steps": 3, "hash_gradients": "rows", "lr_scale": {"hash_tables": 3.0}}},
+        {
+            "optimizer": {"name": "muon", "warmup_steps": 3, "hash_gradients": "rows", "hash_weight_decay": 5.0}
+            | {"lr_scale": {"hash_tables": 3.0}}
+        },
         {"seed": 5, "validation": {"every": 4, "max_bytes": 500}},
     ],
     ids=str,

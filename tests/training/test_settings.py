@@ -67,6 +67,12 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
         ([*ENOUGH, "data.patch_bytes=4", "data.batch_patches=64"], "data: batch_patches and patch_bytes both say how"),
         ([*ENOUGH, "optimizer.hash_gradients=rows"], "optimizer.hash_gradients: this model has no hash tables"),
         ([*WITHOUT_TABLES, "optimizer.hash_gradients=rows"], "optimizer.hash_gradients: this model has no hash tables"),
+        ([*ENOUGH, "optimizer.hash_weight_decay=0.1"], "optimizer.hash_weight_decay: this model has no hash tables"),
+        ([*ENOUGH_BLT, "optimizer.hash_weight_decay=-1"], "optimizer.hash_weight_decay: Input should be greater"),
+        (
+            [*ENOUGH_BLT, "optimizer.lr=0.01", "optimizer.lr_scale.hash_tables=2", "optimizer.hash_weight_decay=50"],
+            "optimizer: hash_weight_decay: 50 times the tables' learning rate 0.02 leaves nothing of a weight; take",
+        ),
         ([*WITHOUT_TABLES, "optimizer.lr_scale.hash_tables=2"], "optimizer.lr_scale.hash_tables: this model has no"),
         (["config=absent.yaml"], "config: 'absent.yaml' does not exist"),
         ([], "name a configuration or settings"),

@@ -23,7 +23,7 @@ from tests.training.plans import Taken, take_steps, train_as, values
 from tests.training.tiny_runs import assert_equal_runs, checkpoints, losses, settings
 
 TABLES = "encoder.ngram_hash.tables.weight"
-OPTIMIZER = {"lr": 3e-3, "warmup_steps": 0, "clip": 0.5, "beta2": 0.9}
+OPTIMIZER = {"lr": 3e-3, "warmup_steps": 0, "clip": 0.5, "beta2": 0.9, "hash_weight_decay": 20.0}
 ROWS = {"optimizer": {**OPTIMIZER, "hash_gradients": "rows"}}
 PLANS = {  # beside FSDP on two ranks
     "replicate": (2, {"data": "replicate"}),
@@ -121,7 +121,7 @@ def loss_of(embedding: NgramHashEmbedding, ids: Tensor) -> Tensor:
     return embedding(ids, torch.arange(len(ids))).square().sum()
 
 
-def steps_by_rows(num_rows: int, loaded: bool) -> tuple[list[float], Tensor | None]:
+def steps_by_rows(num_rows: int, loaded: bool, decay: float) -> tuple[list[float], Tensor | None]:
     """Norms before clipping, and on the first rank the table after some steps.
 
     Args:
@@ -134,7 +134,7 @@ def steps_by_rows(num_rows: int, loaded: bool) -> tuple[list[float], Tensor | No
         weight: Any = shard_tables(whole, "cpu", ranks.world_size)
         fill_from_first(weight.detach(), table if ranks.is_first else None)
         whole.tables.sparse = True
-        optimizer = SparseRowsAdamW([weight], lr=0.05, betas=(0.7, 0.9), eps=1e-6)
+        optimizer = SparseRowsAdamW([weight], lr=0.05, betas=(0.7, 0.9), eps=1e-6, weight_decay=decay)
         optimizer.before_lookups(whole)
         if loaded:
             state = {"exp_avg": torch.zeros_like(weight.detach()), "exp_avg_sq": torch.zeros_like(weight.detach())}
@@ -154,13 +154,16 @@ def steps_by_rows(num_rows: int, loaded: bool) -> tuple[list[float], Tensor | No
         return norms, found
 
 
-@pytest.mark.parametrize(("num_rows", "world", "loaded"), [(31, 2, False), (31, 2, True), (1, 4, False)])
-def test_ranks_without_ids_or_rows(crew: Crew, num_rows: int, world: int, loaded: bool) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "world", "loaded", "decay"),
+    [(31, 2, False, 0.0), (31, 2, True, 0.0), (31, 2, True, 0.1), (1, 4, False, 0.0)],
+)
+def test_ranks_without_ids_or_rows(crew: Crew, num_rows: int, world: int, loaded: bool, decay: float) -> None:
     """In float64, against torch's AdamW on the whole table: none waits for another, and no gradient is lost."""
-    jobs = crew.run((world, steps_by_rows, num_rows, loaded))[0]
+    jobs = crew.run((world, steps_by_rows, num_rows, loaded, decay))[0]
     embedding = whole_embedding(num_rows)
     table = embedding.tables.weight
-    adam = torch.optim.AdamW([table], lr=0.05, betas=(0.7, 0.9), eps=1e-6, weight_decay=0.0)
+    adam = torch.optim.AdamW([table], lr=0.05, betas=(0.7, 0.9), eps=1e-6, weight_decay=decay)
     for step, norm in enumerate(jobs[0][0]):
         adam.zero_grad()
         for ids in batches(world, step) * (1 + step % 2):

@@ -35,8 +35,9 @@ class Both:
         torch.manual_seed(shape[0])
         self.table = nn.Parameter(torch.randn(shape, dtype=dtype))
         self.dense = nn.Parameter(self.table.detach().clone())
-        self.rows = SparseRowsAdamW([self.table], **(PATCHING | patching))
-        self.torchs = torch.optim.AdamW([self.dense], weight_decay=0.0, **(PATCHING | patching))
+        given: dict[str, Any] = {"weight_decay": 0.0} | PATCHING | patching
+        self.rows = SparseRowsAdamW([self.table], **given)
+        self.torchs = torch.optim.AdamW([self.dense], **given)
 
     def read(self, rows: list[int]) -> float:
         """The largest difference in these rows, as a batch reads them."""
@@ -56,11 +57,14 @@ class Both:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"]
+    ("dtype", "bound", "weight_decay"),
+    [(torch.float64, 1e-12, 0.0), (torch.float32, 1e-6, 0.0), (torch.float64, 1e-12, 0.4)],
+    ids=["float64", "float32", "float64 with weight decay"],
 )
-def test_it_is_dense_adamw_whatever_rows_miss(dtype: torch.dtype, bound: float) -> None:
-    """Rows that are looked up every 1 to 400 steps, or never again, through a warm-up and a decay of the rate."""
-    both = Both((12, 3), dtype, betas=(0.9, 0.95), eps=1e-8)
+def test_it_is_dense_adamw_whatever_rows_miss(dtype: torch.dtype, bound: float, weight_decay: float) -> None:
+    """Rows that are looked up every 1 to 400 steps, or once, or never, through a warm-up and a decay of the rate."""
+    both = Both((13, 3), dtype, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+    begin = both.table.detach().clone()
     every = [1, 2, 3, 7, 20, 64, 100, 255, 256, 257, 400, 10**6]
     worst = 0.0
     for step in range(1, 1001):
@@ -68,23 +72,25 @@ def test_it_is_dense_adamw_whatever_rows_miss(dtype: torch.dtype, bound: float) 
         lr = 0.01 * min(step / 50, 1.0) * (1 - step / 1200)
         worst = max(worst, both.step([*rows, rows[0]], lr, 10.0 ** -(step % 7)))
     assert worst < bound
-    assert both.read(list(range(12))) < bound
+    assert both.read(list(range(13))) < bound
+    left = (both.dense.detach() / begin)[12]  # of a row that only shrinks
+    assert torch.all(left < 0.2 if weight_decay else left == 1)
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.9), (0.95, 0.9), (0.9, 0.999), (0.5, 0.3)])
-@pytest.mark.parametrize("eps", [1e-8, 0.1])
-def test_for_other_betas(betas: tuple[float, float], eps: float) -> None:
+@pytest.mark.parametrize(("eps", "weight_decay"), [(1e-8, 0.0), (0.1, 0.0), (1e-8, 0.02)])
+def test_for_other_betas(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Also where the root of the square fades faster than the mean, so that a row moves on and on."""
-    both = Both((3, 2), betas=betas, eps=eps)
+    both = Both((3, 2), betas=betas, eps=eps, weight_decay=weight_decay)
     worst = max(both.step([0] if step % 97 else [0, 1, 2]) for step in range(1, 300))
     assert worst < 1e-9 * float(both.dense.detach().abs().max())
     assert float(both.dense.detach().abs().max()) > 1
 
 
 @examples(max_examples=20, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=12))
-def test_any_steps(steps: list[list[int]]) -> None:
-    both = Both((5, 3))
+@given(st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=12), st.sampled_from([0.0, 3.0]))
+def test_any_steps(steps: list[list[int]], weight_decay: float) -> None:
+    both = Both((5, 3), weight_decay=weight_decay)
     assert all(both.step(rows) < 1e-12 for rows in steps)
     both.rows.catch_up()
     torch.testing.assert_close(both.table, both.dense)
@@ -114,15 +120,17 @@ def test_the_steps_left_out_are_below_rounding(dtype: torch.dtype, betas: tuple[
     assert lasting_steps((0.9, 0.95), torch.float32) == 242
 
 
-def test_how_a_row_catches_up_changes_no_bit() -> None:
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_how_a_row_catches_up_changes_no_bit(weight_decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one go or in parts, alone or with others: so a run that saves more often is the same."""
     torch.manual_seed(0)
+    monkeypatch.setattr(kernels, "CACHED", 70)
     gradients = {step: sparse_gradient([step % 5, 5 + step % 31], (36, 7), torch.float32) for step in range(1, 300)}
     tables = []
     for every in (10**6, 1, 9):
         torch.manual_seed(1)
         table = nn.Parameter(torch.randn(36, 7))
-        optimizer = SparseRowsAdamW([table], lr=0.01, betas=(0.9, 0.95))
+        optimizer = SparseRowsAdamW([table], lr=0.01, betas=(0.9, 0.95), weight_decay=weight_decay)
         for step, gradient in gradients.items():
             if step % every == 0:
                 optimizer.catch_up()
@@ -143,9 +151,10 @@ def restored(optimizer: SparseRowsAdamW, copy: nn.Parameter) -> SparseRowsAdamW:
     return other
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
 @pytest.mark.parametrize("before", [2, HISTORY + 5])
-def test_its_state_is_all_it_needs(before: int) -> None:
-    both = Both((6, 4), torch.float32)
+def test_its_state_is_all_it_needs(before: int, weight_decay: float) -> None:
+    both = Both((6, 4), torch.float32, weight_decay=weight_decay)
     rows = [[0, 3, 3], [5, 0], [3], [], [0, 1, 2, 3]]
     for step in range(before):
         both.step(rows[step % 5])
@@ -190,6 +199,23 @@ def test_a_state_of_another_adamw(of: str) -> None:
     both.rows.load_state_dict({**numbered, "state": {0: stored}})
     worst = max(both.step([step % 4, 0]) for step in range(30))
     assert worst < 1e-12
+
+
+@pytest.mark.parametrize("before", [3, 2 * HISTORY + 40])
+def test_weight_decay_begins_and_ends_with_a_loaded_state(before: int) -> None:
+    """Nothing decays in the steps before, also in those that rows have yet to make up for; nor after."""
+    both = Both((6, 4))
+    for step in range(before + 500):
+        if step in (before, before + 300):
+            decay = 0.1 if step == before else 0.0
+            if not decay:
+                both.rows.catch_up()
+            other = SparseRowsAdamW([both.table], weight_decay=decay, **PATCHING)
+            other.load_state_dict({**other.state_dict(), "state": both.rows.state_dict()["state"]})
+            both.rows, both.torchs.param_groups[0]["weight_decay"] = other, decay
+        assert both.step([step % 2, 2 + step // 256 % 2, *([4] * (step == 0))]) < 1e-12
+    assert both.read(list(range(6))) < 1e-12
+    assert both.rows.state[both.table]["rates"].shape == (HISTORY, 2)
 
 
 class Counted:

@@ -43,6 +43,8 @@ class CapturedSlots:
         like: other slots of the same decoder, whose weights these share.
     """
 
+    overlap = True  # kernels of a step start while the one before runs; else each one's time is its own, for profiles
+
     def __init__(
         self,
         decoder: Decoder,
@@ -206,7 +208,7 @@ class CapturedSlots:
         before = [tensor.clone() for tensor in changed]
         step.buffers.is_active.zero_()
         step.buffers.is_waiting.zero_()
-        graph = Graph(step)
+        graph = Graph(step, self.overlap)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         return graph

@@ -32,7 +32,7 @@ from bytelatent.kernels.decode_cross_attention import (
 )
 from bytelatent.kernels.hash_embed import hash_embed
 from bytelatent.kernels.launch import overlapped
-from bytelatent.kernels.skinny_linear import skinny_linear
+from bytelatent.kernels.skinny_linear import Squares, skinny_linear
 from bytelatent.model import ByteLM
 from bytelatent.vocab import BOS, NEWLINE, VOCAB_SIZE
 
@@ -94,9 +94,10 @@ class ByteLMStep:
         cache = self.state.byte_lm
         if self.byte_lm is None or cache is None:
             return None
-        x_MD = self._stack(self.byte_lm.stack, F.embedding(ids_M, self.byte_lm.embedding), cache, at)
+        squares = Squares()
+        x_MD = self._stack(self.byte_lm.stack, F.embedding(ids_M, self.byte_lm.embedding), cache, at, squares)
         out = self.logits_BV.new_empty(len(ids_M), VOCAB_SIZE)
-        return skinny_linear(x_MD, self.byte_lm.output, eps=self.byte_lm.stack.eps, out=out)
+        return skinny_linear(x_MD, self.byte_lm.output, eps=self.byte_lm.stack.eps, squares=squares, out=out)
 
     def newest_logits(self) -> Tensor:
         """What comes next in each slot, [B, V], a copy: of slots that a step went by, what they held."""
@@ -106,14 +107,18 @@ class ByteLMStep:
         """What the step drew: ids [B], -1 for none, their log-probabilities, and whether they begin patches."""
         return self.buffers.drawn, self.buffers.log_probability, self.buffers.starts
 
-    def _stack(self, stack: StackWeights, x_MD: Tensor, cache: KVCache, at: QueryPositions) -> Tensor:
+    def _stack(self, stack: StackWeights, x_MD: Tensor, cache: KVCache, at: QueryPositions, squares: Squares) -> Tensor:
         for layer in range(len(stack.blocks)):
-            x_MD = self._block(stack, layer, x_MD, cache, at)
+            x_MD = self._block(stack, layer, x_MD, cache, at, squares)
         return x_MD
 
-    def _block(self, stack: StackWeights, layer: int, x_MD: Tensor, cache: KVCache, at: QueryPositions) -> Tensor:
+    def _block(
+        self, stack: StackWeights, layer: int, x_MD: Tensor, cache: KVCache, at: QueryPositions, squares: Squares
+    ) -> Tensor:
+        """A block, which writes over its states; their squares are read and left."""
         weights, eps, (k, v, *scales) = stack.blocks[layer], stack.eps, cache.layers[layer]
-        qkv = weights.finished(skinny_linear(x_MD, weights.qkv, eps=eps, run=at.run), eps)
+        given: dict[str, Any] = {"squares": squares, "run": at.run}
+        qkv = weights.finished(skinny_linear(x_MD, weights.qkv, eps=eps, **given), eps)
         found = decode_attention(
             qkv,
             k,
@@ -127,9 +132,9 @@ class ByteLMStep:
             run=at.run,
             **stack.launch(len(at.position)),
         )
-        x_MD = skinny_linear(found, weights.output, residual_MN=x_MD, out=x_MD, run=at.run)
-        hidden = skinny_linear(x_MD, weights.gate_up, gated=True, eps=eps, run=at.run)
-        return skinny_linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, run=at.run)
+        x_MD = skinny_linear(found, weights.output, residual_MN=x_MD, out=x_MD, **given)
+        hidden = skinny_linear(x_MD, weights.gate_up, gated=True, eps=eps, **given)
+        return skinny_linear(hidden, weights.down, residual_MN=x_MD, out=x_MD, **given)
 
 
 class BLTStep(ByteLMStep):
@@ -211,14 +216,15 @@ class BLTStep(ByteLMStep):
         else:
             tables = model.encoder.ngram_hash.tables.weight
             x_BD = hash_embed(state.tail, buffers.at, self.powers, tables, model.encoder.embedding.weight)
-        first = len(weights.encoder.blocks) - max(len(weights.encoder_cross), 1)
+        squares, first = Squares(), len(weights.encoder.blocks) - max(len(weights.encoder_cross), 1)
         for layer in range(len(weights.encoder.blocks)):
-            x_BD = self._block(weights.encoder, layer, x_BD, state.encoder, at)
+            x_BD = self._block(weights.encoder, layer, x_BD, state.encoder, at, squares)
             cross = layer - first
             if cross >= 0 and not weights.encoder_cross:
                 self._append_state(x_BD)
             elif cross >= 0:
-                kv = skinny_linear(x_BD, weights.encoder_cross[cross].key_value, eps=weights.encoder.eps)
+                key_value = weights.encoder_cross[cross].key_value
+                kv = skinny_linear(x_BD, key_value, eps=weights.encoder.eps, squares=squares)
                 kv = kv.unflatten(1, (-1, state.open_k.shape[-1]))
                 pooled = {"h_BD": x_BD, "pooled_BD": state.open_max} if cross == 0 else {}
                 append_patch_byte(kv, state.open_k[cross], state.open_v[cross], buffers.count, **pooled)
@@ -277,21 +283,24 @@ class BLTStep(ByteLMStep):
             closes: whether the slots among `closing` have closed a patch with this byte; otherwise none has.
         """
         state, buffers, weights, eps = self.state, self.buffers, self.blt, self.blt.decoder.eps
-        x_BD = encoded_BD.clone()  # the decoder writes over it
+        x_BD = encoded_BD
         if not self.blt.decoder_cross:
             takes_B = buffers.reads_patch
             if self.blt.settings.added_to == "closing":
                 takes_B = self._of_slots(buffers.closing)[0] if closes else torch.zeros_like(takes_B)
-            x_BD += torch.where(takes_B.unsqueeze(1), state.patch_k[0, :, 0, 0], 0.0)
+            x_BD = x_BD + torch.where(takes_B.unsqueeze(1), state.patch_k[0, :, 0, 0], 0.0)
         heads, size = state.patch_k.shape[-2:]
+        squares, at = Squares(), QueryPositions(buffers.at, slot)
+        adds: dict[str, Any] = {"residual_scale": 2.0, "squares": squares}
         for layer in range(len(weights.decoder.blocks)):
             if layer < len(weights.decoder_cross):
                 cross, patch = weights.decoder_cross[layer], (state.patch_k[layer], state.patch_v[layer])
-                q = skinny_linear(x_BD, cross.query, eps=eps).view(-1, heads, size)
+                q = skinny_linear(x_BD, cross.query, eps=eps, squares=squares).view(-1, heads, size)
                 found = decoder_cross_attention_step(q, *patch, buffers.reads_patch, row_T=slot)
-                x_BD = skinny_linear(found.flatten(1), cross.output, residual_MN=x_BD, residual_scale=2.0, out=x_BD)
-            x_BD = self._block(weights.decoder, layer, x_BD, state.decoder, QueryPositions(buffers.at, slot))
-        skinny_linear(x_BD, weights.output, eps=eps, out=self.logits_BV)
+                out = x_BD if layer > 0 else None  # the encoder's states are read again
+                x_BD = skinny_linear(found.flatten(1), cross.output, residual_MN=x_BD, out=out, **adds)
+            x_BD = self._block(weights.decoder, layer, x_BD, state.decoder, at, squares)
+        skinny_linear(x_BD, weights.output, eps=eps, squares=squares, out=self.logits_BV)
 
     def _patches(self, pooled_CD: Tensor, bytes_of: dict[str, Tensor], at: QueryPositions) -> Tensor:
         """Keys and values of closed patches for the decoder's cross-attentions, [C*K, Y*2*H*E].
@@ -308,18 +317,19 @@ class BLTStep(ByteLMStep):
             q_QD = self._joined(**bytes_of)
         else:
             q_QD = skinny_linear(pooled_CD, weights.pooled_to_queries, run=run).view(-1, dim)  # Q = C*K
+        squares = Squares()
         for layer, cross in enumerate(weights.encoder_cross):
-            q = skinny_linear(q_QD, cross.query, eps=weights.encoder.eps, run=run)
+            q = skinny_linear(q_QD, cross.query, eps=weights.encoder.eps, squares=squares, run=run)
             found = encoder_cross_attention_step(
                 q.view(-1, k, heads, size), state.open_k[layer], state.open_v[layer], **bytes_of, run=run
             )
             given: dict[str, Any] = {"residual_MN": q_QD, "residual_scale": 2.0, "out": q_QD}
-            q_QD = skinny_linear(found.view(-1, dim), cross.output, **given, run=run)
-        x_CG = q_QD.view(-1, k * dim)
+            q_QD = skinny_linear(found.view(-1, dim), cross.output, **given, squares=squares, run=run)
+        x_CG, squares = q_QD.view(-1, k * dim), Squares()
         if weights.projection is not None:
-            x_CG = skinny_linear(x_CG, weights.projection, run=run)
-        x_CG = self._stack(weights.middle, x_CG, state.patches, at)
+            x_CG = skinny_linear(x_CG, weights.projection, squares=squares, run=run)
+        x_CG = self._stack(weights.middle, x_CG, state.patches, at, squares)
         if weights.patch_to_keys is None:
-            return skinny_linear(x_CG, weights.patch_key_values, eps=weights.decoder.eps, run=run)
+            return skinny_linear(x_CG, weights.patch_key_values, eps=weights.decoder.eps, squares=squares, run=run)
         keys = skinny_linear(x_CG, weights.patch_to_keys, run=run).view(-1, dim)
         return skinny_linear(keys, weights.patch_key_values, eps=weights.decoder.eps, run=run)

@@ -141,7 +141,7 @@ def build_parallel_model(
         for group in fsdp_groups(model):
             mesh = plan.mesh["replicate", "shard"] if group[0] in global_blocks else plan.local_mesh
             # Under autocast, products would cast the weights anyway: they are gathered in that precision.
-            apply_fsdp(group, mesh, dtype, reduce_dtype)
+            apply_fsdp(group, mesh, dtype, reduce_dtype, plan.settings.reshard_after_forward)
         apply_fsdp([model], plan.local_mesh, None, reduce_dtype, ignored=sharded_tables)
     return _allocate(model, device, is_alone=plan.mesh is None)
 
@@ -291,6 +291,7 @@ def apply_fsdp(
     mesh: DeviceMesh,
     dtype: torch.dtype | None,
     reduce_dtype: torch.dtype,
+    reshard_after_forward: bool = True,
     ignored: Collection[nn.Parameter] = (),
 ) -> None:
     """Gather weights as their modules run, and average gradients over the mesh, replicate x shard.
@@ -299,19 +300,21 @@ def apply_fsdp(
         parts: modules whose weights are gathered together.
         dtype: in which the weights are gathered; None: their own.
         reduce_dtype: in which gradients are summed.
+        reshard_after_forward: whether gathered weights are freed before the backward pass.
         ignored: weights that FSDP leaves alone.
     """
     for norm in (module for part in parts for module in part.modules()):
         if isinstance(norm, nn.RMSNorm) and dtype is not None and dtype != norm.weight.dtype:
             norm.__class__ = _Float32Norm  # not another `forward`: compiled blocks would differ by it
     policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
-    is_unsharded = mesh.size(1) == 1  # then freeing the weights between forward and backward pass saves nothing
+    # Freeing weights of a single shard saves nothing.
+    keeps = mesh.size(1) == 1 or not reshard_after_forward
     # A mesh of one replica must have one dimension.
     mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
     fully_shard(
         list(parts),
         mesh=mesh,
-        reshard_after_forward=False if is_unsharded else None,
+        reshard_after_forward=False if keeps else None,
         mp_policy=policy,
         ignored_params=set(ignored),
     )
