@@ -1,8 +1,8 @@
 """How fast is generation? Against the card's limits, and against transformers.
 
     python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [--new 512]
-    python benchmarks/decode.py profile [--apart] [--slots 1 64] [--model blt-1b]
-    python benchmarks/decode.py slots [--slots 1 4 16 64 128 256] [--new 512] [--model blt-1b]
+    python benchmarks/decode.py profile [--apart] [--slots 1 64] [--model blt-1b] [--quorum 0.33] [--closing 32]
+    python benchmarks/decode.py slots [--slots 1 4 16 64 128 256] [--new 512] and the same options
     python benchmarks/decode.py [one8] [caches8] [cpu] [leaks --minutes 60]
 
 Random weights of the released shape (blt-1b; blt-8b) in bfloat16 with the published entropy model, the threshold set
@@ -32,7 +32,7 @@ from typing import Any, get_args
 
 import torch
 from decode_models import DEVICE, DRAW, PATCH_BYTES, copy_rate, decoder_of, matrix_rate, random_prompts
-from decode_slots import generate, profile, table
+from decode_slots import Closing, generate, profile, table
 
 from bytelatent.inference import Decoder, Engine, Sampling
 from bytelatent.inference.quantize import quantize_model
@@ -227,6 +227,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="of leaks")
     parser.add_argument("--slots", type=int, nargs="+", help="of profile and slots")
     parser.add_argument("--model", default="blt-1b", help="preset, of profile and slots")
+    parser.add_argument("--quorum", type=float, default=QUORUM, help="of profile and slots")
+    parser.add_argument("--closing", type=int, help="slots that close a patch in a step at most, of profile and slots")
     parser.add_argument("--apart", action="store_true", help="profile: launches do not overlap, and share one stream")
     given = parser.parse_args()
     if "cpu" in given.what:
@@ -237,12 +239,12 @@ def main() -> None:
         return
     print(torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", torch.__version__, flush=True)
     if {"profile", "slots"} & set(given.what):
-        decoder = decoder_of(given.model)
+        decoder, closing = decoder_of(given.model), Closing(given.quorum, given.closing)
         if "profile" in given.what:
             for count in given.slots or (1, 64):
-                profile(decoder, count, given.apart)
+                profile(decoder, count, given.apart, closing)
         if "slots" in given.what:
-            table(decoder, given.slots or (1, 4, 16, 64, 128, 256), given.new)
+            table(decoder, given.slots or (1, 4, 16, 64, 128, 256), given.new, closing)
         del decoder
         torch.cuda.empty_cache()
     if "check" in given.what:

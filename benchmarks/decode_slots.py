@@ -19,6 +19,19 @@ WARM, PROFILED = 60, 40  # steps
 
 
 @dataclass(frozen=True)
+class Closing:
+    """When the global transformer runs, of several slots: see `CapturedSlots`."""
+
+    quorum: float = QUORUM
+    most: int | None = None
+
+    def slots(self, decoder: Decoder, count: int) -> CapturedSlots:
+        if count == 1:
+            return CapturedSlots(decoder, 1)
+        return CapturedSlots(decoder, count, self.quorum, None if self.most is None else min(self.most, count))
+
+
+@dataclass(frozen=True)
 class Rate:
     """What sequences in as many slots wrote, from the first drawn byte on."""
 
@@ -86,7 +99,7 @@ def first_bytes(engine: Engine, count: int, seed: int) -> list[float]:
     return found
 
 
-def table(decoder: Decoder, counts: Iterable[int], new: int) -> None:
+def table(decoder: Decoder, counts: Iterable[int], new: int, closing: Closing) -> None:
     """A row for each number of slots. The memory is that of slots and graphs; the peak is that of all, weights too."""
     names = ("slots", "bytes/s", "limit", "share", "ms/step", "bytes/patch", "first ms", "last ms", "GiB", "peak GiB")
     print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
@@ -94,10 +107,9 @@ def table(decoder: Decoder, counts: Iterable[int], new: int) -> None:
         before = _allocated()
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        quorum = QUORUM if count > 1 else 0.0
-        slots = CapturedSlots(decoder, count, quorum)
+        slots = closing.slots(decoder, count)
         engine = Engine(decoder, slots, count)
-        rate = measure(engine, slots, count, new, quorum)
+        rate = measure(engine, slots, count, new, closing.quorum)
         for seed in (5, 6):  # the first time prompts of this size are read, graphs are captured
             first = first_bytes(engine, count, seed)
         peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
@@ -116,13 +128,13 @@ def _allocated() -> int:
     return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
 
 
-def profile(decoder: Decoder, count: int, apart: bool) -> None:
+def profile(decoder: Decoder, count: int, apart: bool, closing: Closing) -> None:
     """The kernels of a step.
 
     Args:
         apart: kernels follow one another, so that each one's time is its own; otherwise as in use.
     """
-    slots = CapturedSlots(decoder, count, QUORUM if count > 1 else 0.0)
+    slots = closing.slots(decoder, count)
     slots.overlap = not apart
     if apart and isinstance(slots.step, BLTStep):
         slots.step.side = SideStream(torch.device("cpu"))  # none

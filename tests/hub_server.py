@@ -7,8 +7,8 @@
 
 What the real hub does and this one, too: a commit's files never change and stay when a branch moves on; large files are
 redirected to another origin (`redirects`), which must not see the user's key; a gated repository can be listed by all
-and read by few; listings come in pages. What can go wrong is ordered beforehand: `fail`, `listed_sizes`, `has_ranges`.
-`requests` counts what was asked.
+and read by few; listings come in pages; who has a key makes repositories and commits small files to them. What can go
+wrong is ordered beforehand: `fail`, `listed_sizes`, `has_ranges`. `requests` counts what was asked.
 """
 
 import hashlib
@@ -27,10 +27,12 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
 
+from tests.hub_answers import entries_of, upload_modes, uploaded
+
 Kind = Literal["dataset", "model"]
 ROUTE = re.compile(
     r"/api/(?P<kind>dataset|model)s/(?P<name>[^/]+/[^/]+)"
-    r"(?:/(?P<verb>revision|tree|paths-info|refs)(?:/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?)?"
+    r"(?:/(?P<verb>revision|tree|paths-info|refs|preupload|commit)(?:/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?)?"
 )
 RESOLVE = re.compile(r"/(?P<datasets>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
@@ -41,8 +43,8 @@ class StoredFile:
     sha256: str
 
     @classmethod
-    def of(cls, file: Path) -> "StoredFile":
-        data = file.read_bytes()
+    def of(cls, file: Path | bytes) -> "StoredFile":
+        data = file if isinstance(file, bytes) else file.read_bytes()
         return cls(data, hashlib.sha256(data).hexdigest())
 
 
@@ -68,6 +70,13 @@ class HubRepository:
 
     def files(self, revision: str) -> dict[str, StoredFile] | None:
         return self.commits.get(self.branches.get(revision, revision))
+
+    def commit(self, files: dict[str, StoredFile], branch: str) -> str:
+        digests = [(path, file.sha256) for path, file in files.items()]
+        commit = hashlib.sha1(repr(digests).encode()).hexdigest()
+        self.commits[commit] = files
+        self.branches[branch] = commit
+        return commit
 
 
 class HubServer:
@@ -135,11 +144,8 @@ class HubServer:
     def add(self, name: str, folder: Path, kind: Kind = "dataset", branch: str = "main") -> HubRepository:
         """Commit what is in `folder` now to a branch of a repository; both are made if they are new."""
         files = {str(f.relative_to(folder)): StoredFile.of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-        digests = [(path, file.sha256) for path, file in files.items()]
-        commit = hashlib.sha1(repr(digests).encode()).hexdigest()
         repository = self.repositories.setdefault((kind, name), HubRepository(name, kind))
-        repository.commits[commit] = files
-        repository.branches[branch] = commit
+        repository.commit(files, branch)
         return repository
 
     def fail(self, status: int, times: int = 1, url: str = "") -> None:
@@ -217,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         url = urlsplit(self.path)
-        self._form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+        self._body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         status = self.hub.next_failure(url.path)
         try:
             if status is not None:
@@ -226,6 +232,10 @@ class _Handler(BaseHTTPRequestHandler):
             if match := ROUTE.fullmatch(url.path):
                 self._count(url.path)
                 self._describe(match, parse_qs(url.query))
+            elif url.path == "/api/repos/create" and self._key():
+                self._create()
+            elif url.path == "/api/validate-yaml":
+                self._send_json({})
             elif match := RESOLVE.fullmatch(url.path):
                 self._resolve(match)
             elif url.path.startswith("/storage/"):
@@ -269,18 +279,38 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"branches": refs, "tags": [], "converts": []})
             return
         revision = unquote(match["revision"] or "main")
+        if verb in ("preupload", "commit") and self._key():
+            self._take(repository, verb, revision)
+            return
         files = self._files(repository, revision)
-        entries = _entries(files, repository)
+        entries = entries_of(files, repository)
         if verb == "tree":
             self._send_tree(entries, unquote(match["path"] or ""), query)
         elif verb == "paths-info":
-            self._send_json([entries[path] for path in self._form.get("paths", []) if path in entries])
+            self._send_json([entries[path] for path in parse_qs(self._body).get("paths", []) if path in entries])
         else:
             commit = repository.branches.get(revision, revision)
             gated = False if repository.readers is None else "manual"
             names = [{"rfilename": path} for path in files]
             values = {"id": repository.name, "sha": commit, "private": repository.private, "gated": gated}
             self._send_json({**values, "siblings": names, "tags": [], "downloads": 0, "likes": 0})
+
+    def _create(self) -> None:
+        asked = json.loads(self._body)
+        name, kind = f"{asked['organization']}/{asked['name']}", asked.get("type", "model")
+        if (kind, name) not in self.hub.repositories:
+            self.hub.repositories[kind, name] = HubRepository(name, kind)
+            self.hub.repositories[kind, name].commit({}, "main")
+        self._send_json({"url": f"{self.hub.url}/{name}"})
+
+    def _take(self, repository: HubRepository, verb: str, revision: str) -> None:
+        """Files that a client uploads: first how, then what they hold."""
+        if verb == "preupload":
+            self._send_json(upload_modes(self._body))
+            return
+        files = {path: StoredFile.of(data) for path, data in uploaded(self._body).items()}
+        commit = repository.commit(self._files(repository, revision) | files, revision)
+        self._send_json({"commitUrl": f"{self.hub.url}/{repository.name}/commit/{commit}", "commitOid": commit})
 
     def _send_tree(self, entries: dict[str, dict[str, Any]], folder: str, query: dict[str, list[str]]) -> None:
         if folder and entries.get(folder, {}).get("type") != "directory":
@@ -358,22 +388,3 @@ class _Handler(BaseHTTPRequestHandler):
             if value:
                 self.send_header(name, quote(value, safe="/:;=<>\"' ?&-*,"))
         self.end_headers()
-
-
-def _entries(files: dict[str, StoredFile], repository: HubRepository) -> dict[str, dict[str, Any]]:
-    """Files and folders by path, as the API lists them."""
-    entries: dict[str, dict[str, Any]] = {}
-    for path, file in files.items():
-        for folder in list(Path(path).parents)[-2::-1]:
-            oid = hashlib.sha1(str(folder).encode()).hexdigest()
-            entries[str(folder)] = {"type": "directory", "path": str(folder), "oid": oid, "size": 0}
-        size = repository.listed_sizes.get(path, len(file.data))
-        large = {"oid": file.sha256, "size": size, "pointerSize": 134}
-        entries[path] = {
-            "type": "file",
-            "path": path,
-            "oid": hashlib.sha1(file.sha256.encode()).hexdigest(),
-            "size": size,
-            "lfs": large,
-        }
-    return entries

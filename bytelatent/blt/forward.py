@@ -163,7 +163,8 @@ class Forward(Core):
         stream = rows.stream
         starts, entropies = self.next_starts(stream) if patch_lengths is None else (_given(rows, patch_lengths), None)
         batch = add_patches(stream, starts)
-        with recording(self.model, output_hidden_states, output_attentions) as found:
+        layouts = _layouts(rows, batch) if output_hidden_states else None
+        with recording(self.model, output_hidden_states, output_attentions, layouts) as found:
             logits_TV = self.model(batch) if len(stream.ids) else self._no_logits()
         with torch.autocast(self.device.type, enabled=False):
             attentions = self._attentions(found, rows, batch) if output_attentions else None
@@ -173,7 +174,7 @@ class Forward(Core):
             starts=rows.layout.put(is_start(batch), False),
             patch_of_byte=rows.layout.put(batch.patch - _first_patch(batch), -1),
             entropies=None if entropies is None else rows.layout.put(predicted(entropies, stream)),
-            **_states(found, rows, batch) if output_hidden_states and len(stream.ids) else {},
+            **_states(found) if output_hidden_states and len(stream.ids) else {},
             attentions=attentions,
         )
 
@@ -326,14 +327,18 @@ def _loss(logits_TV: Tensor, rows: Rows, labels_BN: Tensor) -> Tensor:
     return nats / (targets_T != IGNORED).sum().clamp(min=1)
 
 
-def _states(found: Recording, rows: Rows, batch: PatchedStream) -> dict[str, Any]:
-    bytes_, patches = rows.layout, rows.layout_of_patches(batch)
-    of: dict[str, Layout] = {"encoder": bytes_, "global_transformer": patches, "decoder": bytes_}
-    by_part = ByPart(**{name: tuple(of[name].put(h) for h in found.states[name]) for name in PARTS})
-    assert found.patches is not None
+def _layouts(rows: Rows, batch: PatchedStream) -> dict[str, Layout]:
+    return {
+        name: rows.layout_of_patches(batch) if name == "global_transformer" else rows.layout
+        for name in ("encoder", "global_transformer", "decoder")
+    }
+
+
+def _states(found: Recording) -> dict[str, Any]:
+    by_part = ByPart(**{name: tuple(found.states[name]) for name in PARTS})
     return {
         "byte_states": by_part.encoder[-1],
-        "patch_inputs": patches.put(found.patches),
+        "patch_inputs": found.patches,
         "patch_states": by_part.global_transformer[-1],
         "hidden_states": by_part,
     }

@@ -15,6 +15,7 @@ from transformers import (  # pyright: ignore[reportMissingImports]
 from bytelatent.hf.config import BytelatentConfig
 from bytelatent.hf.model import BytelatentForCausalLM
 from bytelatent.hf.tokenizer import BytelatentTokenizer
+from bytelatent.packaged import packaged_folder
 from bytelatent.weights import FORMATS
 from bytelatent.weights.pretrained import is_on_hub
 from bytelatent.weights.stored_model import FORMAT
@@ -43,6 +44,8 @@ def _from_pretrained(theirs: Callable[..., Any], source: str | Path, **arguments
 
 def is_ours(source: str | Path, arguments: dict[str, Any]) -> bool:
     """Whether a folder or repository holds a model that only this package reads, such as a run."""
+    if packaged_folder(source) is not None:
+        return True
     if Path(source).is_dir():
         return any(FORMATS[name].recognizes(Path(source)) for name in ("native", "meta"))
     if not is_on_hub(str(source)):

@@ -15,6 +15,12 @@ from bytelatent.weights import Config, StoredModel, open_pretrained
 # Of `from_pretrained`: how a model is found. All else are settings of the model, or of transformers.
 FINDING = ("entropy_model", "revision", "token", "local_files_only")
 OF_AUTO = ("_from_auto", "_commit_hash", "code_revision", "trust_remote_code", "cache_dir", "force_download", "proxies")
+# Arguments of transformers' `from_pretrained` that change nothing here.
+WITHOUT_EFFECT = {
+    *OF_AUTO,
+    *("low_cpu_mem_usage", "use_safetensors", "weights_only", "adapter_kwargs", "attn_implementation", "variant"),
+    *("ignore_mismatched_sizes", "output_loading_info", "offload_folder", "max_memory", "use_cache", "return_dict"),
+}
 ARCHITECTURES = ["BytelatentForCausalLM"]
 
 
@@ -141,3 +147,25 @@ def found_by(source: str | Path, given: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value.plain() if isinstance(value, BLTSettings | ByteLMSettings | PatchSettings) else value
+
+
+def is_unknown(name: str, value: Any) -> bool:
+    """Whether an argument of `from_pretrained` asks for something that is not known here."""
+    return value is not None and value is not False and name[0] != "_" and name not in WITHOUT_EFFECT
+
+
+def one_device(device_map: Any) -> Any:
+    """The device of a `device_map`.
+
+    Raises:
+        UserError: it names several.
+    """
+    if device_map is None:
+        return "cpu"
+    if isinstance(device_map, dict):
+        if len(places := {str(place) for place in device_map.values()}) != 1:
+            raise UserError(f"device_map: a BLT is on one device, not on {', '.join(sorted(places))}; name one")
+        device_map = next(iter(device_map.values()))
+    if isinstance(device_map, int):
+        return f"cuda:{device_map}"
+    return "auto" if device_map in ("auto", "balanced", "sequential", "balanced_low_0") else device_map

@@ -26,7 +26,10 @@ BY_ENGINE = {
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "return_dict_in_generate", "transformers_version"),
 }
-REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "constraints")
+REFUSED = (
+    *("assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "constraints"),
+    "guidance_scale",  # reads prompts of its own with a second cache
+)
 REFUSED_ARGUMENTS = ("assistant_model", "custom_generate", "negative_prompt_ids", "inputs_embeds", "past_key_values")
 
 
@@ -39,6 +42,7 @@ def continue_texts(
     mask = arguments.pop("attention_mask", None)
     on_host = {name: arguments.pop(name) for name in ("logits_processor", "stopping_criteria") if name in arguments}
     streamer = arguments.pop("streamer", None)
+    arguments.pop("position_ids", None)  # padding says where rows begin
     for name in ("tokenizer", "synced_gpus", "prefix_allowed_tokens_fn", *REFUSED_ARGUMENTS):
         if arguments.get(name, "") is None or (name == "synced_gpus" and not arguments.get(name)):
             arguments.pop(name, None)
@@ -53,7 +57,8 @@ def continue_texts(
     neutral = all(not steps for steps in on_host.values())
     unknown = {name for name in arguments if not hasattr(settings, name)}
     if not neutral or unknown or EOS not in ends or _asks_for_more(settings):
-        return _in_their_loop(model, input_ids, mask, given, streamer, theirs, on_host, arguments)
+        found = _in_their_loop(model, input_ids, mask, given, streamer, theirs, on_host, arguments)
+        return _with_states(model, found, mask, settings, ends)
     if settings.max_new_tokens is None:
         most = settings.max_length
         if most is None or (most == DEFAULT_NEW and "max_length" not in arguments):  # version 4 writes its default out
@@ -233,3 +238,33 @@ def _in_their_loop(
         host_decoding=decoding,
         **arguments,
     )
+
+
+@torch.no_grad()
+def _with_states(model: Any, found: Any, mask: Tensor, settings: GenerationConfig, ends: list[int]) -> Any:
+    """What transformers' loop gives, with the decoder's states and weights of each step where they are asked for.
+
+    KV caches hold no states, so the texts are read once more. First come those of the prompt, then those of each new
+    id that was read.
+    """
+    asked = {name: bool(getattr(settings, name, None)) for name in ("output_hidden_states", "output_attentions")}
+    if not settings.return_dict_in_generate or not any(asked.values()):
+        return found
+    size, ids = mask.shape[1], found.sequences[:, :-1]
+    new = found.sequences[:, size:]
+    is_end = torch.isin(new, torch.tensor(ends, dtype=torch.long, device=new.device)).long()
+    is_text = (is_end.cumsum(1) == is_end) & (new != BOE)  # an end itself is text
+    is_text = torch.cat([mask.repeat_interleave(len(ids) // len(mask), 0), is_text[:, :-1]], 1)
+    # Padding goes to the left, also that between a prompt and what follows.
+    order = torch.argsort(is_text.long(), dim=1, stable=True)
+    out = model._out(ids.gather(1, order), is_text.gather(1, order), **asked)
+    place, row = order.argsort(1), torch.arange(len(ids), device=ids.device)[:, None]
+    steps = [slice(0, size), *(slice(at, at + 1) for at in range(size, ids.shape[1]))]
+    if asked["output_hidden_states"]:
+        states = [h_BND[row, place] for h_BND in out.hidden_states.decoder]
+        found.hidden_states = tuple(tuple(h_BND[:, step] for h_BND in states) for step in steps)
+    if asked["output_attentions"]:
+        pair = row[..., None], place[:, :, None], place[:, None, :]
+        weights = [w_BHNN.permute(0, 2, 3, 1)[pair].permute(0, 3, 1, 2) for w_BHNN in out.attentions.decoder]
+        found.attentions = tuple(tuple(w_BHNN[:, :, step, : step.stop] for w_BHNN in weights) for step in steps)
+    return found

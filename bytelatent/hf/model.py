@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel  # pyright: ignore[reportMissingImports]
@@ -19,12 +20,13 @@ from bytelatent.blt import BLT
 from bytelatent.blt.forward import checked_labels
 from bytelatent.errors import UserError, nearest
 from bytelatent.files import MANIFEST, digests
-from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
+from bytelatent.hf.config import BytelatentConfig, found_by, is_unknown, one_device
 from bytelatent.hf.generation import HostDecoding, continue_texts
 from bytelatent.hf.packing import PackedTexts
 from bytelatent.inference.settings import REMOVED
 from bytelatent.model import Block, BLTModel, BLTSettings, ByteLM, ByteLMSettings, CrossAttention
 from bytelatent.model.loss import IGNORED
+from bytelatent.packaged import packaged_folder
 from bytelatent.patching import PatchSettings
 from bytelatent.training.distributed.parallelize import checkpointed
 from bytelatent.vocab import BOE, BOS, EOS, PADDING
@@ -34,12 +36,6 @@ from bytelatent.weights import StoredModel, StoredTensor, write_model
 
 PREFIX = "model."  # of the network's weights
 BLT_ARGUMENTS = ("quantize", "kv_cache")  # of `BLT.from_pretrained`, beside those that find a model
-# Arguments of transformers' `from_pretrained` that change nothing here.
-WITHOUT_EFFECT = {
-    *OF_AUTO,
-    *("low_cpu_mem_usage", "use_safetensors", "weights_only", "adapter_kwargs", "attn_implementation", "variant"),
-    *("ignore_mismatched_sizes", "output_loading_info", "offload_folder", "max_memory", "use_cache", "return_dict"),
-}
 
 NOT_TAKEN = {  # arguments of other models' forward pass, and why a BLT has them not
     "inputs_embeds": "patches and n-grams are found from ids; give input_ids",
@@ -105,13 +101,15 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: as `BLT.from_pretrained`, or an argument is not known or cannot be honoured.
         """
+        if source is None:
+            raise UserError("from_pretrained: None; name a model, or make a new one with from_config")
         finding = found_by(source, more)
         if not isinstance(config, BytelatentConfig):
             named = {name: more.pop(name) for name in ("patching", "context") if name in more}
             config = BytelatentConfig.from_pretrained(source, **copy.copy(finding), **named)
         dtype = more.pop("dtype", None) or more.pop("torch_dtype", None) or "float32"
         more.pop("torch_dtype", None)
-        device = _one_device(more.pop("device_map", None))
+        device = one_device(more.pop("device_map", None))
         wants_report = more.pop("output_loading_info", False)
         own = {name: more.pop(name) for name in (*BLT_ARGUMENTS, *REMOVED) if name in more}
         if unknown := [name for name, value in more.items() if is_unknown(name, value)]:
@@ -119,14 +117,15 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
             why = f"'{unknown[0]}' is not known here{nearest(unknown[0], known)}"
             raise UserError(f"from_pretrained: {why}; it takes {', '.join(known)}")
         patching = PatchSettings.parse(config.patching, "patching")
-        blt = BLT.from_pretrained(source, **finding, device=device, dtype=dtype, patching=patching, **own)
+        with torch.device("cpu"):  # also where a caller makes tensors on `meta`, as for models of transformers
+            blt = BLT.from_pretrained(source, **finding, device=device, dtype=dtype, patching=patching, **own)
         blt.context = config.context
         config.dtype = next(blt.model.parameters()).dtype
         config.name_or_path = str(source)
         model = cls(config, blt)
         hub = {name: value for name, value in finding.items() if name != "entropy_model"}
         with suppress(OSError):  # no file
-            model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+            model.generation_config = GenerationConfig.from_pretrained(packaged_folder(source) or source, **hub)
         model.eval()
         report = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, report) if wants_report else model
@@ -149,6 +148,8 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         if not is_main_process:
             return
         folder = Path(save_directory)
+        if folder.is_file():
+            raise UserError(f"save_pretrained: '{folder}' is a file; name a folder")
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{os.getpid()}.part"
         try:
@@ -192,6 +193,7 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         host_decoding: HostDecoding | None = None,
         **more: Any,
     ) -> Any:
@@ -205,7 +207,8 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
             patch_lengths: [B, P] as `BLT.forward` takes them.
             position_ids: [B, N], where rows hold several texts end to end: 0 begins one. Each is as if it were alone.
             output_hidden_states: also return the states of the decoder's layers; `blt` itself gives those of all parts.
-            output_attentions: likewise the decoder's attention weights.
+            output_attentions: likewise the decoder's attention weights. None of either: as the configuration says.
+            logits_to_keep: return logits of this many ids at the end of rows, or of these columns; 0: all.
             more: `num_items_in_batch` divides the summed loss, as transformers' trainer wants it.
 
         Raises:
@@ -213,8 +216,10 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if host_decoding is not None and input_ids is not None:
             return CausalLMOutput(logits=host_decoding.next_logits(input_ids, attention_mask))
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        asked = {"output_hidden_states": wants_states, "output_attentions": output_attentions}
+        of_config = self.config
+        wants_states = of_config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_weights = of_config.output_attentions if output_attentions is None else output_attentions
+        asked = {"output_hidden_states": wants_states, "output_attentions": wants_weights}
         given = {name: more.pop(name) for name in NOT_TAKEN if name in more}
         out = self._out(input_ids, attention_mask, position_ids, patch_lengths=patch_lengths, **asked, **given)
         loss = None
@@ -231,9 +236,11 @@ class BytelatentForCausalLM(PreTrainedModel, GenerationMixin):
                 more["num_items_in_batch"] = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
             loss = self.loss_function(out.logits, labels, self.config.vocab_size, **more)
         states = out.hidden_states.decoder if wants_states else None
-        weights = out.attentions.decoder if output_attentions else None
-        found = CausalLMOutput(loss=loss, logits=out.logits, hidden_states=states, attentions=weights)
-        return found if return_dict is not False else found.to_tuple()
+        weights = out.attentions.decoder if wants_weights else None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = out.logits if isinstance(kept, int) else out.logits[:, kept]
+        found = CausalLMOutput(loss=loss, logits=logits, hidden_states=states, attentions=weights)
+        return found if (of_config.return_dict if return_dict is None else return_dict) else found.to_tuple()
 
     def _out(
         self,
@@ -358,11 +365,6 @@ def new_blt(config: BytelatentConfig) -> BLT:
     return BLT(BLTModel(cast(BLTSettings, ours.model)), ours, entropy_model)
 
 
-def is_unknown(name: str, value: Any) -> bool:
-    """Whether an argument of `from_pretrained` asks for something that is not known here."""
-    return value is not None and value is not False and name[0] != "_" and name not in WITHOUT_EFFECT
-
-
 def _from_our_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Let a network's weights by our names be loaded, as `save_pretrained` writes them and a trainer resumes them."""
     wanted = module.state_dict().keys()
@@ -370,20 +372,3 @@ def _from_our_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: st
         ours = name.removeprefix(prefix)
         if ours not in wanted and PREFIX + ours in wanted:
             state_dict[prefix + PREFIX + ours] = state_dict.pop(name)
-
-
-def _one_device(device_map: Any) -> Any:
-    """The device of a `device_map`.
-
-    Raises:
-        UserError: it names several.
-    """
-    if device_map is None:
-        return "cpu"
-    if isinstance(device_map, dict):
-        if len(places := {str(place) for place in device_map.values()}) != 1:
-            raise UserError(f"device_map: a BLT is on one device, not on {', '.join(sorted(places))}; name one")
-        device_map = next(iter(device_map.values()))
-    if isinstance(device_map, int):
-        return f"cuda:{device_map}"
-    return "auto" if device_map in ("auto", "balanced", "sequential", "balanced_low_0") else device_map

@@ -12,6 +12,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config  # p
 
 from bytelatent.errors import UserError
 from bytelatent.hf.config import OF_AUTO, BytelatentConfig, found_by
+from bytelatent.packaged import packaged_folder
 from bytelatent.text.chat import ChatTemplate, Rendered
 from bytelatent.text.tokenizer import tokenizer_json
 from bytelatent.vocab import BOE, BOS, BPE_DELIMITER, EOS
@@ -109,7 +110,8 @@ class BytelatentTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def from_pretrained(cls, source: str | Path, *inputs: Any, **more: Any) -> Any:
         """The tokenizer that was saved beside a model, with its chat template; else a new one for the model."""
-        saved = get_tokenizer_config(source, **{name: more[name] for name in HUB if name in more})
+        hub = {name: more[name] for name in HUB if name in more}
+        saved = get_tokenizer_config(packaged_folder(source) or source, **hub)
         if saved.get("tokenizer_class") == cls.__name__:
             wanted = {name: more.pop(name) for name in ("add_bos_token", "add_eos_token") if name in more}
             tokenizer = super().from_pretrained(source, *inputs, **more)

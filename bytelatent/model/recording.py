@@ -1,11 +1,12 @@
 """What a forward pass computes on the way: the states after each layer, and the weights of attention.
 
-Forward hooks record it while they are wanted, so that the model itself knows nothing of it. Weights are computed again
-from recorded queries and keys in a plain form, whatever kernel attends.
+Forward hooks record it while they are wanted, so that the model itself knows nothing of it; passes of other threads are
+left out. Weights are computed again from recorded queries and keys in a plain form, whatever kernel attends.
 """
 
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +30,11 @@ class Recording:
     """What one pass over a packed stream computed, by part of the model.
 
     Attributes:
-        states: what the first layer of a stack reads, then what each layer gives, [T, D] or [P, D].
+        states: what the first layer of a stack reads, then what each layer gives, [T, D] or [P, D]; or in rows.
         queries_keys: of each layer's attention, rotated.
         cross_queries_keys: of each cross-attention: [P, K, H, E] and [T, H, E] in the encoder, [T, H, E] and
             [P, K, H, E] in the decoder.
-        patches: what the encoder makes of the patches, [P, K, D].
+        patches: what the encoder makes of the patches, [P, K, D]; or in rows.
     """
 
     states: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
@@ -55,31 +56,58 @@ class _RecordedMask:
 
 
 @contextmanager
-def recording(model: BLTModel, states: bool, attentions: bool) -> Iterator[Recording]:
-    """Record what the model computes within the block, which is one forward pass."""
+def recording(
+    model: BLTModel, states: bool, attentions: bool, layouts: dict[str, Layout] | None = None
+) -> Iterator[Recording]:
+    """Record what the model computes within the block, which is one forward pass.
+
+    Args:
+        layouts: of each part. States are then recorded in rows, and the model computes with what these hold, so that
+            gradients with respect to them exist.
+    """
     found = Recording()
     hooks: list[Any] = []
     for name in PARTS:
         part: Any = getattr(model, name)
         if states:
-            into = found.states[name]
-            hooks.append(
-                part.stack.blocks[0].register_forward_pre_hook(lambda _, args, into=into: into.append(args[0]))
-            )
-            for block in part.stack.blocks:
-                hooks.append(block.register_forward_hook(lambda _, args, out, into=into: into.append(out)))
+            record = _record(found.states[name], None if layouts is None else layouts[name])
+            before = _in_this_thread(lambda _, args, record=record: (record(args[0]), *args[1:]))
+            hooks.append(part.stack.blocks[0].register_forward_pre_hook(before))
+            after = _in_this_thread(lambda _, args, out, record=record: record(out))
+            hooks += [block.register_forward_hook(after) for block in part.stack.blocks]
         if attentions:
-            for block in part.stack.blocks:
-                hooks.append(block.attention.register_forward_pre_hook(_with_recorded_mask(found.queries_keys[name])))
-            for cross in getattr(part, "cross_attention", ()):
-                hooks.append(cross.register_forward_hook(_record_cross(found.cross_queries_keys[name])))
+            with_mask = _in_this_thread(_with_recorded_mask(found.queries_keys[name]))
+            hooks += [block.attention.register_forward_pre_hook(with_mask) for block in part.stack.blocks]
+            cross_hook = _in_this_thread(_record_cross(found.cross_queries_keys[name]))
+            hooks += [cross.register_forward_hook(cross_hook) for cross in getattr(part, "cross_attention", ())]
     if states:
-        hooks.append(model.encoder.register_forward_hook(lambda _, args, out: setattr(found, "patches", out[1])))
+        patches: list[Tensor] = []
+        record = _record(patches, None if layouts is None else layouts["global_transformer"])
+        of_patches = _in_this_thread(lambda _, args, out: (out[0], record(out[1]), *out[2:]))
+        hooks.append(model.encoder.register_forward_hook(of_patches))
     try:
         yield found
     finally:
         for hook in hooks:
             hook.remove()
+        if states and patches:
+            found.patches = patches[0]
+
+
+def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that other threads, which use the same modules at the same time, pass by."""
+    thread = threading.get_ident()
+    return lambda *given: hook(*given) if threading.get_ident() == thread else None
+
+
+def _record(into: list[Tensor], layout: Layout | None) -> Callable[[Tensor], Tensor]:
+    """A function that records states and gives those that the model continues with."""
+
+    def record(values: Tensor) -> Tensor:
+        into.append(values if layout is None else layout.put(values))
+        return values if layout is None else layout.take(into[-1])
+
+    return record
 
 
 def _with_recorded_mask(into: list[QueriesKeys]) -> Any:

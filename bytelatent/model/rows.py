@@ -25,6 +25,10 @@ class Layout:
         out[self.row, self.column] = values
         return out
 
+    def take(self, values: Tensor) -> Tensor:
+        """[B, L, ...] -> [T, ...]."""
+        return values[self.row, self.column]
+
     @cached_property
     def is_real(self) -> Tensor:
         """Which places hold a value, bool [B, L]."""

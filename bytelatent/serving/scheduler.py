@@ -259,9 +259,14 @@ class Scheduler:
 
     def _new_engine(self) -> tuple[Engine, PromptQueue]:
         engine = self.blt.engine(self.batch_size, varies=True)
-        if self.blt.device.type == "cuda":
-            reserve(engine, self.blt.context)
-            warm_up(engine, self.batch_size, self.prefill_chunk)
+        try:
+            if self.blt.device.type == "cuda":
+                reserve(engine, self.blt.context)
+                warm_up(engine, self.batch_size, self.prefill_chunk)
+        except torch.OutOfMemoryError:
+            LOGGER.warning("memory does not hold %d short texts at once; give a smaller --batch-size", self.batch_size)
+            del engine
+            engine = self.blt.engine(self.batch_size, varies=True)
         return engine, engine.serve(self.prefill_chunk, self._cache if self._cache.max_bytes else None)
 
     def _replace_engine(self, waiting: list[list[Continuation]]) -> None:
@@ -386,12 +391,13 @@ def warm_up(engine: Engine, batch_size: int, chunk: int) -> None:
     for size in slots.sets if isinstance(slots, SizedSlots) else [batch_size]:
         engine.submit(b"a b " * 128, Sampling(), 2, size)
         engine.run()
-    for size in (100, 200, 400, 800, 1600, 3200):  # bytes, and a patch begins with every second one or fewer
-        engine.submit(b"a b " * (size // 4), Sampling(), 2)
-        engine.run()
-    engine.serve(chunk)
-    engine.submit(b"a b " * (min(chunk, LONG) * 3 // 8 + 1), Sampling(), 2)  # in two pieces
-    engine.run()
+    prompts = PromptQueue(engine.decoder, chunk)  # without slots, whose caches would grow with the longest one
+    sizes = [size for size in (100, 200, 400, 800, 1600, 3200) if size < chunk]  # bytes
+    for size in (*sizes, min(chunk, LONG) * 3 // 2 + 4):  # the last one in two pieces
+        prompts.add(engine.asked(b"a b " * (size // 4), Sampling(), 1))
+        while not prompts.ready:
+            prompts.read(1)
+        prompts.take(1)
 
 
 def _in_words(failure: Exception) -> str:

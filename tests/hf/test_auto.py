@@ -65,24 +65,33 @@ def test_their_format_stays_theirs(blt: BLT, tmp_path: Path) -> None:
 
 
 def test_a_repository(blt: BLT, folder: Path, tmp_path: Path) -> None:
-    """In a process that may connect; each repository is named so that transformers could take it for its own `blt`."""
+    """In a process that may connect; each repository is named so that transformers could take it for its own `blt`.
+
+    What `push_to_hub` uploads is the whole model, the byte LM, too.
+    """
     code = (
         "import sys, bytelatent.hf, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "for name in sys.argv[1:]:\n"
         "    assert AutoTokenizer.from_pretrained(name).model_max_length == 64\n"
         "    model = AutoModelForCausalLM.from_pretrained(name, revision='main')\n"
         "    print(model(torch.tensor([[1, 101, 102]])).logits[0, -1].argmax().item())\n"
+        "model.push_to_hub('owner/pushed')\n"
+        "AutoTokenizer.from_pretrained(name, add_eos_token=True).push_to_hub('owner/pushed')\n"
+        "model = AutoModelForCausalLM.from_pretrained('owner/pushed')\n"
+        "print(model(torch.tensor([[1, 101, 102]])).logits[0, -1].argmax().item())\n"
+        "print(AutoTokenizer.from_pretrained('owner/pushed')('a').input_ids[-1])\n"
     )
     blt.save_pretrained(tmp_path / "meta", format="meta")
     with HubServer() as hub:
         for name, files in (("owner/blt-ours", folder), ("owner/blt-meta", tmp_path / "meta")):
             hub.add(name, files, kind="model")
         environment = os.environ | hub.environment | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        environment["HF_TOKEN"] = "a-key"
         command = [sys.executable, "-c", code, "owner/blt-ours", "owner/blt-meta"]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     expected = int(blt.logits("ab")[0, -1].argmax())
-    assert ended.stdout.split() == [str(expected)] * 2
+    assert ended.stdout.split() == [*[str(expected)] * 3, "2"]
 
 
 def test_arguments(blt: BLT, folder: Path, tmp_path: Path) -> None:

@@ -13,9 +13,13 @@ import torch
 
 from bytelatent import BLT
 from bytelatent.inference import Sampling, prompt_ids
-from bytelatent.inference.kv_cache import CacheCapacity
+from bytelatent.inference.kv_cache import BLOCK, CacheCapacity
+from bytelatent.inference.prefix_cache import PrefixCache
+from bytelatent.inference.prompts import NUM_READERS
 from bytelatent.inference.step import SizedSlots
+from bytelatent.inference.step.step import BLTStep
 from bytelatent.patching import PatchSettings
+from bytelatent.serving import scheduler as module
 from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Stopping, Ticket, Update, reserve, warm_up
 from tests.inference.test_engine import decoder_of
 
@@ -202,6 +206,56 @@ def test_caches_that_memory_does_not_hold_grow_later(blt: BLT, monkeypatch: pyte
     reserve(engine, 1024)
     taken = [state.patches.k.nbytes + state.patches.v.nbytes - size for state, size in zip(states, before, strict=True)]
     assert taken == [more[0], 0]
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(1, 1), (7, 2**20)])
+def test_warming_up_grows_no_caches(blt: BLT, batch_size: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The long prompts that it reads take no slots, each of which would have to hold as much."""
+    engine = blt.engine(batch_size, varies=True)
+    assert isinstance(engine.slots, SizedSlots)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    reserve(engine, 100)
+    sets = engine.slots.sets.values()
+    assert all(slots._room == CacheCapacity() for slots in sets)  # it holds more already
+    warm_up(engine, batch_size, chunk)
+    assert engine.is_idle
+    longest = 2 * (512 + 2 * BLOCK)
+    assert all(max(vars(slots._room).values()) <= longest for slots in sets)
+    assert all(slots.step.state.open_k.shape[2] <= longest for slots in sets if isinstance(slots.step, BLTStep))
+
+
+def test_it_serves_where_memory_does_not_hold_a_warm_up(
+    blt: BLT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warm_up(engine: Any, batch_size: int, chunk: int) -> None:
+        engine.submit("abc", Sampling(), 20, batch_size)
+        engine.advance()
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(module, "warm_up", warm_up)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    with monkeypatch.context() as there:
+        there.setattr(BLT, "device", torch.device("cuda"))
+        scheduler = Scheduler(blt, batch_size=2, max_waiting=2, prefill_chunk=16, prefix_cache_bytes=0)
+    assert "memory does not hold 2 short texts at once; give a smaller --batch-size" in caplog.text
+    assert scheduler.statistics().busy == 0
+    assert Client(scheduler, "The", 20, seed=1).texts() == [blt.generate("The", 20, seed=1)]
+    scheduler.close()
+
+
+@pytest.mark.parametrize(("chunk", "cached"), [(16, False), (16, True), (2, False)])
+def test_a_stream_waits_for_one_chunk_at_most(blt: BLT, chunk: int, cached: bool) -> None:
+    """However many long prompts arrive at once."""
+    engine = blt.engine(12, varies=True)
+    queue = engine.serve(chunk, PrefixCache(1 << 30, shortest=8) if cached else None)
+    engine.submit("a", Sampling(temperature=1.0), 10_000)
+    engine.advance()
+    for number in range(11):
+        engine.submit(f"The same beginning, {number}", Sampling(seed=number), 2)
+    while queue.groups:
+        before = queue.num_read
+        engine.advance()
+        assert queue.num_read - before <= max(chunk, NUM_READERS)
 
 
 def test_calls_run_on_the_engines_thread(blt: BLT, scheduler: Scheduler) -> None:

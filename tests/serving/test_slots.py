@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -78,4 +79,38 @@ def test_sets_of_slots(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) ->
         [expected] = alone.submit(which.prompt, which.sampling, which.max_new_bytes)
         alone.run()
         assert which.ids == expected.ids
+    assert not slots._index
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_admission_that_fails_harms_no_other(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among several at once, while others move between sets: before a slot was written, and after."""
+    monkeypatch.setattr(sized_slots, "GROWTH", 2)
+    decoder = decoder_of("entropy")
+    slots = SizedSlots(lambda count, like: CapturedSlots(decoder, count, like=like), 6)
+    engine, alone = Engine(decoder, slots, 6), Engine.plain(decoder, 1)
+    engine.serve(1000)
+    for each in slots.sets.values():
+
+        def admit(state: Any, admitted: Any, there: Any = each, real: Any = each.admit) -> None:
+            fails = any(one.which.sampling.seed in (3, 5) for one in admitted)
+            if when == "before" and fails:
+                raise torch.OutOfMemoryError("no memory")
+            real(state, admitted)
+            if fails:
+                raise RuntimeError("in the midst")
+
+        monkeypatch.setattr(each, "admit", admit)
+    asked = engine.submit("two", Sampling(temperature=1.0, seed=20), 30, 2)
+    engine.advance()
+    for seed in range(8):
+        asked += engine.submit(text_of(seed, 5 + seed), Sampling(temperature=1.0, seed=seed), 20)
+    engine.run()
+    for which in asked:
+        if which.sampling.seed in (3, 5):
+            assert (which.ended, which.ids) == ("failed", [])
+            continue
+        [expected] = alone.submit(which.prompt, which.sampling, which.max_new_bytes)
+        alone.run()
+        assert (which.ids, which.ended) == (expected.ids, expected.ended)
     assert not slots._index

@@ -235,7 +235,7 @@ class CapturedSlots:
         """Let this much fit in each slot."""
         self._graph = None  # it knows the caches by their addresses
         self.step.reserve(room)
-        self._room = room
+        self._room = CacheCapacity(*map(max, vars(self._room).values(), vars(room).values()))
 
     def more_bytes(self, room: CacheCapacity) -> int:
         """Memory that `reserve` would take."""

@@ -283,12 +283,12 @@ class BLTStep(ByteLMStep):
             closes: whether the slots among `closing` have closed a patch with this byte; otherwise none has.
         """
         state, buffers, weights, eps = self.state, self.buffers, self.blt, self.blt.decoder.eps
-        x_BD = encoded_BD.clone()  # the decoder writes over it
+        x_BD = encoded_BD
         if not self.blt.decoder_cross:
             takes_B = buffers.reads_patch
             if self.blt.settings.added_to == "closing":
                 takes_B = self._of_slots(buffers.closing)[0] if closes else torch.zeros_like(takes_B)
-            x_BD += torch.where(takes_B.unsqueeze(1), state.patch_k[0, :, 0, 0], 0.0)
+            x_BD = x_BD + torch.where(takes_B.unsqueeze(1), state.patch_k[0, :, 0, 0], 0.0)
         heads, size = state.patch_k.shape[-2:]
         squares, at = Squares(), QueryPositions(buffers.at, slot)
         adds: dict[str, Any] = {"residual_scale": 2.0, "squares": squares}
@@ -297,7 +297,8 @@ class BLTStep(ByteLMStep):
                 cross, patch = weights.decoder_cross[layer], (state.patch_k[layer], state.patch_v[layer])
                 q = skinny_linear(x_BD, cross.query, eps=eps, squares=squares).view(-1, heads, size)
                 found = decoder_cross_attention_step(q, *patch, buffers.reads_patch, row_T=slot)
-                x_BD = skinny_linear(found.flatten(1), cross.output, residual_MN=x_BD, out=x_BD, **adds)
+                out = x_BD if layer > 0 else None  # the encoder's states are read again
+                x_BD = skinny_linear(found.flatten(1), cross.output, residual_MN=x_BD, out=out, **adds)
             x_BD = self._block(weights.decoder, layer, x_BD, state.decoder, at, squares)
         skinny_linear(x_BD, weights.output, eps=eps, squares=squares, out=self.logits_BV)
 
