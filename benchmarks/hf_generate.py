@@ -66,7 +66,9 @@ def main() -> None:
     device = choose_device("auto")
     with tempfile.TemporaryDirectory() as folder:
         new_model(args.preset, getattr(torch, args.dtype)).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype), device_map=str(device))
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, args.dtype), device_map=str(device)
+        )
     blt = model.blt
     print(f"{args.preset}, {args.dtype}, {args.new} new bytes after {PROMPT}; {torch.__version__}, transformers' class")
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ NAMES = get_args(OptimizerSettings.model_fields["name"].annotation)
 def measure(shape: str, name: str, device: torch.device, profiled: bool) -> None:
     with device:
         model = build_model(preset(shape))
-    optimizer = build_optimizer(model, OptimizerSettings(name=name, hash_gradients="rows"))
+    optimizer = build_optimizer(model, OptimizerSettings.parse({"name": name, "hash_gradients": "rows"}))
     weights, flops = 0, 0.0
     for one in single_optimizers(optimizer):
         for weight in (weight for group in one.param_groups for weight in group["params"]):

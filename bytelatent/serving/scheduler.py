@@ -22,17 +22,14 @@ from bytelatent.errors import UserError, in_one_line
 from bytelatent.inference import Continuation, Engine, Sampling
 from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.continuation import Alternatives, Reason
-from bytelatent.inference.kv_cache import CacheCapacity
 from bytelatent.inference.prefix_cache import PrefixCache
 from bytelatent.inference.prompts import PromptQueue
-from bytelatent.inference.step import CapturedSlots, SizedSlots
+from bytelatent.serving.first_steps import reserve, warm_up
 from bytelatent.serving.statistics import Histogram, Statistics
 
 LOGGER = logging.getLogger(__name__)
 
 NUM_ENDS = 64  # newest ends of sequences, from which it is estimated when a place becomes free
-LONG = 8192  # bytes of a prompt that warms up
-MEMORY_SHARE = 0.5  # of free memory, that caches may take before the first request
 RETRY_AFTER_S = 1.0, 60.0  # the shortest and the longest estimate
 
 OnUpdate = Callable[[list["Update"]], None]
@@ -369,35 +366,6 @@ def _run_call(future: "Future[Any]", function: Callable[[], Any]) -> None:
 
 def _refuse() -> None:
     raise Stopping
-
-
-def reserve(engine: Engine, context: int) -> None:
-    """Let the caches hold texts as long as the context before the first request, where memory allows.
-
-    A step is captured again when its caches grow, and meanwhile all streams wait.
-    """
-    slots = engine.slots
-    for each in slots.sets.values() if isinstance(slots, SizedSlots) else [slots]:
-        if isinstance(each, CapturedSlots):
-            room, free = CacheCapacity(context, context // 2), torch.cuda.mem_get_info()[0]
-            if each.more_bytes(room) < free * MEMORY_SHARE:
-                each.reserve(room)
-
-
-def warm_up(engine: Engine, batch_size: int, chunk: int) -> None:
-    """Compile kernels, and capture the steps of all sets of slots and the reading of prompts of all lengths, so that no
-    request waits for that."""
-    slots = engine.slots
-    for size in slots.sets if isinstance(slots, SizedSlots) else [batch_size]:
-        engine.submit(b"a b " * 128, Sampling(), 2, size)
-        engine.run()
-    prompts = PromptQueue(engine.decoder, chunk)  # without slots, whose caches would grow with the longest one
-    sizes = [size for size in (100, 200, 400, 800, 1600, 3200) if size < chunk]  # bytes
-    for size in (*sizes, min(chunk, LONG) * 3 // 2 + 4):  # the last one in two pieces
-        prompts.add(engine.asked(b"a b " * (size // 4), Sampling(), 1))
-        while not prompts.ready:
-            prompts.read(1)
-        prompts.take(1)
 
 
 def _in_words(failure: Exception) -> str:
