@@ -1,6 +1,7 @@
 """PEFT's LoRA: targets by name, nothing in the entropy model, merged and exported."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,22 @@ def test_adapters(model: BytelatentForCausalLM, blt: BLT, targets: str | list[st
     theirs = BltForCausalLM.from_pretrained(tmp_path / "theirs").eval()
     row = IDS[:1]
     torch.testing.assert_close(theirs(row, use_cache=False).logits, merged(row).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"modules_to_save": ["output", "embedding"]}])
+def test_recomputed_activations(model: BytelatentForCausalLM, more: dict[str, Any]) -> None:
+    """Gradients are those without them, and only of what is trained."""
+    adapted = get_peft_model(model, lora("all-linear", **more)).train()
+    found = []
+    for how in (None, {"use_reentrant": True}, {"use_reentrant": False}):
+        if how is not None:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how)
+        adapted.zero_grad()
+        adapted(input_ids=IDS, attention_mask=MASK, labels=IDS).loss.backward()
+        found.append({name: each.grad for name, each in adapted.named_parameters() if each.grad is not None})
+    assert found[0].keys() == {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    for recomputed in found[1:]:
+        torch.testing.assert_close(recomputed, found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_training(model: BytelatentForCausalLM, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """transformers' Trainer and TRL's, unchanged, and what they leave behind."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,20 @@ def test_supervised_on_chats(folder: Path, tmp_path: Path) -> None:
     assert {text.removeprefix("a:").removesuffix(tokenizer.eos_token) for text in learned} <= set(TEXTS)
     trainer.train()
     assert len(losses(trainer)) == 2
+
+
+def test_preferences(model: BytelatentForCausalLM, tmp_path: Path) -> None:
+    """TRL's `DPOTrainer` begins with the loss of a coin, ln 2, as the model and its reference agree; then it learns."""
+    from trl import DPOConfig, DPOTrainer
+
+    pairs = [{"prompt": "the ", "chosen": text, "rejected": text[::-1]} for text in TEXTS]
+    args = DPOConfig(output_dir=str(tmp_path), **COMMON | {"bf16": False}, max_steps=4, save_strategy="no")
+    trainer = DPOTrainer(
+        model=model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=BytelatentTokenizer()
+    )
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses(trainer)[-1] < 0.6
 
 
 def test_pipeline(folder: Path, blt: BLT) -> None:
