@@ -6,7 +6,7 @@ sees does not depend on which positions were read together with it.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -145,10 +145,14 @@ class StepAttention:
 class StoreNewest:
     """Stores the newest keys and values of whole sequences in a KV cache, layer by layer.
 
-    Those of few sequences are copied as slices: that is less work for the host, and for the device, than indices.
+    They are copied as slices, on a GPU as indices where there are many: each slice is work for the host, which takes
+    longer there than the copy.
+
+    Attributes:
+        most_slices: by type of device; elsewhere any.
     """
 
-    FEW = 4  # slices
+    most_slices: ClassVar[dict[str, int]] = {"cuda": 4}
 
     def __init__(self, cache: KVCache, new: NewPositions):
         slots, counts = new.slot.tolist(), new.count.tolist()
@@ -166,7 +170,7 @@ class StoreNewest:
                 at += size
             begin += count
         self.parts: list[tuple[Any, Any, Any]] = list(slices)
-        if len(slices) > self.FEW:
+        if len(slices) > self.most_slices.get(cache.k.device.type, len(slices)):
             sizes = [source.stop - source.start for _, source, _ in slices]
             arrays = (
                 np.repeat([slot for slot, _, _ in slices], sizes),

@@ -1,5 +1,6 @@
 """New positions against counting them one by one; what a KV cache holds of a stream, position by position."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,9 +40,14 @@ def test_new_positions(rows: list[tuple[int, int, list[int]]], count: int) -> No
                 assert bool(new.seen[line, i, j]) == (same_run and j <= i)
 
 
-@given(sizes=st.lists(st.integers(1, 25), min_size=1, max_size=4), num_slots=st.integers(1, 12), together=st.booleans())
+@given(
+    sizes=st.lists(st.integers(1, 25), min_size=1, max_size=4),
+    num_slots=st.integers(1, 12),
+    together=st.booleans(),
+    as_indices=st.booleans(),
+)
 def test_a_cache_holds_the_newest_keys_and_values_of_each_slot(
-    sizes: list[int], num_slots: int, together: bool
+    sizes: list[int], num_slots: int, together: bool, as_indices: bool
 ) -> None:
     shape = (2, len(sizes), num_slots, 3, 4)
     cache = KVCache(torch.zeros(shape), torch.zeros(shape), num_slots)
@@ -49,7 +55,10 @@ def test_a_cache_holds_the_newest_keys_and_values_of_each_slot(
     begins = [sum(sizes[:row]) for row in range(len(sizes))]
     slots = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     position = torch.cat([torch.arange(size) for size in sizes])
-    store = StoreNewest(cache, NewPositions(slots, position))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(StoreNewest.most_slices, "cpu", 0 if as_indices else 99)  # more than there are
+        store = StoreNewest(cache, NewPositions(slots, position))
+    assert isinstance(store.parts[0][0], torch.Tensor) == as_indices
     if together:
         store.all_layers(k_LTJE, v_LTJE)
     else:

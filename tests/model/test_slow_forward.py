@@ -16,7 +16,7 @@ from tests.model.tiny import blt_settings, byte_lm_settings, make, random_ids, r
 @given(byte_lm_settings(), st.integers(1, 24), st.integers(0, 1000))
 def test_byte_lm(shape: ByteLMSettings, size: int, seed: int) -> None:
     ids = random_ids(torch.Generator().manual_seed(seed), size)
-    model = make(shape, seed)
+    model = make(shape, seed).double()
     with torch.no_grad():
         logits = model(stream_of([ids]))
     np.testing.assert_allclose(logits.numpy(), slow.byte_lm(shape, model.state_dict(), ids.tolist()), atol=1e-4)
@@ -27,7 +27,7 @@ def test_byte_lm(shape: ByteLMSettings, size: int, seed: int) -> None:
 def test_blt(shape: BLTSettings, size: int, share: float, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     ids, starts = random_ids(random, size), random_starts(random, size, share)
-    model = make(shape, seed)
+    model = make(shape, seed).double()  # norms of a few numbers can make float32's rounding a hundred times as large
     with torch.no_grad():
         logits = model(add_patches(stream_of([ids]), starts))
     expected = slow.blt(shape, model.state_dict(), ids.tolist(), starts.tolist())
