@@ -202,12 +202,16 @@ def test_long_text(open_page: Open) -> None:
     assert blocks.count() > 100
     assert page.locator("#view-patches canvas").count() < 12
     expect(blocks.last.locator("canvas")).to_have_count(0)
-    patched(page).evaluate("host => host.scrollTo(0, host.scrollHeight)")
-    expect(blocks.last.locator("canvas")).to_have_count(1)
-    drawn = blocks.last.locator("canvas").evaluate(
-        "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some((value) => value)"
+    # Again and again, as blocks that come into sight may be higher than expected.
+    page.wait_for_function(
+        """host => {
+            host.scrollTo(0, host.scrollHeight);
+            const canvas = [...host.querySelectorAll(".block")].at(-1).querySelector("canvas");
+            const drawn = canvas?.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+            return drawn?.some((value) => value) ?? false;
+        }""",
+        arg=patched(page).element_handle(),
     )
-    assert drawn
     assert page.locator("#view-patches canvas").count() < 12
     # A change at the end asks only for the last piece.
     asked: list[str] = []
