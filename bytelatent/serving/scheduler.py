@@ -24,8 +24,8 @@ from bytelatent.inference.constraint import Constraint
 from bytelatent.inference.continuation import Alternatives, Reason
 from bytelatent.inference.prefix_cache import PrefixCache
 from bytelatent.inference.prompts import PromptQueue
-from bytelatent.serving.first_steps import reserve, warm_up
 from bytelatent.serving.statistics import Histogram, Statistics
+from bytelatent.serving.warm_up import reserve, warm_up
 
 LOGGER = logging.getLogger(__name__)
 

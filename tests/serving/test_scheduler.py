@@ -20,8 +20,8 @@ from bytelatent.inference.step import SizedSlots
 from bytelatent.inference.step.step import BLTStep
 from bytelatent.patching import PatchSettings
 from bytelatent.serving import scheduler as module
-from bytelatent.serving.first_steps import reserve, warm_up
 from bytelatent.serving.scheduler import Job, QueueFull, Scheduler, Stopping, Ticket, Update
+from bytelatent.serving.warm_up import reserve, warm_up
 from tests.inference.test_engine import decoder_of
 
 
