@@ -73,7 +73,7 @@ class OptimizerSettings(Settings):
         hash_gradients: with `rows` the gradients of the hash tables hold only the rows that a step reads, and AdamW
             changes only these. A row makes up for the steps it missed before it is read again, so the results are the
             same but for rounding.
-        hash_weight_decay: decoupled weight decay of hash tables: all rows shrink in every step. Matrices have `weight_decay`.
+        hash_weight_decay: decoupled weight decay of hash tables, all of whose rows shrink in every step.
     """
 
     lr: float = Field(default=4e-4, gt=0)
