@@ -24,11 +24,13 @@ class Closing:
 
     quorum: float = QUORUM
     most: int | None = None
+    beside: bool = False
 
     def slots(self, decoder: Decoder, count: int) -> CapturedSlots:
         if count == 1:
             return CapturedSlots(decoder, 1)
-        return CapturedSlots(decoder, count, self.quorum, None if self.most is None else min(self.most, count))
+        most = None if self.most is None else min(self.most, count)
+        return CapturedSlots(decoder, count, self.quorum, most, beside=self.beside)
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,18 @@ def measure(engine: Engine, slots: CapturedSlots, count: int, new: int, quorum: 
     )
 
 
-def generate(decoder: Decoder, count: int, new: int, quorum: float = 0.0, max_closing: int | None = None) -> None:
-    slots = CapturedSlots(decoder, count, quorum, max_closing)
+def generate(
+    decoder: Decoder,
+    count: int,
+    new: int,
+    quorum: float = 0.0,
+    max_closing: int | None = None,
+    beside: bool = False,
+) -> None:
+    slots = CapturedSlots(decoder, count, quorum, max_closing, beside=beside)
     rate = measure(Engine(decoder, slots, count), slots, count, new, quorum)
     print(
-        f"{count} sequences, quorum {quorum:.2f}, {max_closing or count} closing: "
+        f"{count} sequences, quorum {quorum:.2f}, {max_closing or count} closing{', beside' * beside}: "
         f"{rate.bytes_per_second:,.0f} bytes/s, {rate.bytes_per_second / rate.limit:.0%} of the limit's "
         f"{rate.limit:,.0f}; "
         f"{rate.per_byte * 1e3:.3f} ms per byte of each, {rate.bytes_per_patch:.2f} bytes per patch, "
@@ -137,7 +146,7 @@ def profile(decoder: Decoder, count: int, apart: bool, closing: Closing) -> None
     slots = closing.slots(decoder, count)
     slots.overlap = not apart
     if apart and isinstance(slots.step, BLTStep):
-        slots.step.side = SideStream(torch.device("cpu"))  # none
+        slots.step.side = slots.step.closing_side = SideStream(torch.device("cpu"))  # none
     engine = Engine(decoder, slots, count)
     for prompt in random_prompts(count, 512):
         engine.submit(prompt, DRAW, WARM + 2 * PROFILED + 200)
