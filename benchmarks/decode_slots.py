@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -13,9 +13,19 @@ from bytelatent.inference import Decoder, Engine
 from bytelatent.inference.step import QUORUM, CapturedSlots
 from bytelatent.inference.step.cuda_graph import SideStream
 from bytelatent.inference.step.step import BLTStep
+from bytelatent.kernels.skinny_launch import PROGRAMS, SkinnyLaunch, launch_for
 from bytelatent.training.profiling.measure import kernels_of
 
 WARM, PROFILED = 60, 40  # steps
+
+
+def spread(M: int, N: int, K: int, gated: bool = False, itemsize: int = 2) -> SkinnyLaunch:
+    """As `launch_for`, with a program's rows halved, to 16 at least, while a product leaves half of the GPU idle."""
+    launch = launch_for(M, N, K, gated, itemsize)
+    block_m, block_n = launch.block_m, launch.block_n
+    while block_m > 16 and -(-M // block_m) * -(-N // block_n) * launch.splits * 2 <= PROGRAMS:
+        block_m //= 2
+    return replace(launch, block_m=block_m)
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class BLTStep(ByteLMStep):
         self.beside = beside and bool(self.blt.decoder_cross)
         self.can_wait = self.beside or quorum > 0 or max_closing < num_slots
         self.assumes_open = decoder.device.type == "cuda" and has_conditions()
-        self.side, self.closing_side = SideStream(decoder.device), SideStream(decoder.device)
+        self.side, self.closing_side = SideStream(decoder.device, "byte LM"), SideStream(decoder.device, "closing")
         self.encoded_BD = torch.zeros_like(self.state.open_max)  # the encoder's state of the newest byte
         self.closed_BV = torch.zeros_like(self.logits_BV)  # the logits of slots whose patch was read
         self.powers = None
