@@ -11,11 +11,13 @@ predict  the formulas of docs/internals/scaling.md. `--rate` is what one card do
          same share of the matrix rate.
 measure  the trainer's steps on random text, so many bytes a GPU; each configuration is a model, a plan (alone, shard,
          hybrid, replicate, tensor) and how it is trained (dense: hash tables like other weights; rows: their gradients
-         by rows; float8; selective or full: what is computed again; muon), with other rows of each hash table or bytes
-         a GPU where it says so: blt-1b/100003:shard+selective@32768, blt-1b/2000003:shard+rows. `--save FOLDER`: after
+         by rows; float8; selective or full: what is computed again; muon; keep: gathered weights until the backward
+         pass; halves: gradients summed in bfloat16), with other rows of each hash table or bytes a GPU where it says
+         so: blt-1b/100003:shard+selective@32768, blt-1b/2000003:shard+rows. `--save FOLDER`: after
          all of them each is made again and saved in the background while steps go on; of one process only what is
          `alone`.
-calls    the operations that the host starts in a step, counted on a CPU, without compilation.
+calls    the operations that the host starts in a step, counted on a CPU, without compilation;
+         `narrow` has as many layers as the 1B shape.
 tables   what a GPU sends for hash tables in a step of the 1B shape, counted; how many rows a text looks up.
 correct  runs of the trainer: many GPUs against one, a second time, from another number, after a rank was killed.
 

@@ -11,7 +11,7 @@ from bytelatent.training import TrainSettings
 from bytelatent.training.profiling.measure import DOCUMENT
 
 PLANS = ("alone", "shard", "hybrid", "replicate", "tensor")
-OTHERS = ("rows", "dense", "float8", "selective", "full", "muon", "keep")
+OTHERS = ("rows", "dense", "float8", "selective", "full", "muon", "keep", "halves")
 CONTRARY = {"rows", "dense"}
 TINY_STACK = StackSettings(dim=32, num_layers=1, num_heads=2, window=64, multiple_of=16)
 TINY = BLTSettings(
@@ -20,6 +20,18 @@ TINY = BLTSettings(
     decoder=TINY_STACK,
     cross_attention=CrossAttentionSettings(k=2, num_heads=2),
     ngram_hash=NgramHashSettings(sizes=[3, 4], vocab_size=1009),
+)
+RELEASED = preset("blt-1b")
+assert isinstance(RELEASED, BLTSettings)
+# As many layers and hash tables as the 1B shape: the host starts as many operations.
+NARROW = TINY.model_copy(
+    update={
+        **{
+            part: getattr(TINY, part).model_copy(update={"num_layers": getattr(RELEASED, part).num_layers})
+            for part in ("encoder", "global_transformer", "decoder")
+        },
+        "ngram_hash": NgramHashSettings(vocab_size=1009),
+    }
 )
 # About 100 million parameters.
 MIDDLE_STACK = StackSettings(dim=512, num_layers=1, num_heads=8, window=512)
@@ -39,6 +51,7 @@ class Configuration:
     Attributes:
         plan: `alone` is without FSDP, for one rank; any other one of one rank is FSDP on it.
         keeps: whether gathered weights stay until the backward pass.
+        halves: whether gradients are summed in bfloat16.
         tables: `rows` are the hash tables divided by rows, or, alone, their gradients by rows; `rows, gradients too`
             both.
     """
@@ -51,6 +64,7 @@ class Configuration:
     checkpointing: str
     optimizer: str
     keeps: bool
+    halves: bool
     size: int  # bytes a rank and step
 
     @classmethod
@@ -76,7 +90,7 @@ class Configuration:
                 f"'{text}': write MODEL[/ROWS]:PLAN+WORD...[@BYTES], PLAN of {', '.join(PLANS)}, "
                 f"WORD of {', '.join(OTHERS)}"
             )
-        model = TINY if name == "tiny" else preset(name)
+        model = {"tiny": TINY, "narrow": NARROW}.get(name) or preset(name)
         if not isinstance(model, BLTSettings) or model.ngram_hash is None:
             raise UserError(f"'{text}': '{name}' is no BLT with hash tables")
         if rows:
@@ -87,9 +101,8 @@ class Configuration:
             tables = "rows, gradients too"
         how = next((word for word in words if word in ("selective", "full")), "none")
         optimizer = "muon" if "muon" in words else "adamw"
-        return cls(
-            name, model, plans[0], tables, "float8" in words, how, optimizer, "keep" in words, int(own_size or size)
-        )
+        flags = ("keep" in words, "halves" in words)
+        return cls(name, model, plans[0], tables, "float8" in words, how, optimizer, *flags, int(own_size or size))
 
     @property
     def settings(self) -> TrainSettings:
@@ -104,6 +117,7 @@ class Configuration:
             "tables": "gather" if self.tables == "dense" else "rows",
             "activation_checkpointing": self.checkpointing,
             "reshard_after_forward": not self.keeps,
+            "reduce_dtype": "bfloat16" if self.halves else "float32",
         }
         return TrainSettings.parse(
             {
@@ -122,6 +136,7 @@ class Configuration:
         words = {"alone": "no FSDP", "shard": "FSDP", "tensor": "FSDP, tensor 2"}.get(self.plan, self.plan)
         words += "" if self.checkpointing == "none" else f", recomputing {self.checkpointing}"
         words += ", weights kept" if self.keeps else ""
+        words += ", gradients summed in bfloat16" if self.halves else ""
         return f"{words}, Muon" if self.optimizer == "muon" else words
 
     def products(self, dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bytelatent.errors import UserError
-from bytelatent.model import build_model
+from bytelatent.model import BLTSettings, build_model, preset
 from bytelatent.model.flops import costs
 from bytelatent.training.distributed.parallelize import fsdp_groups
 
@@ -60,6 +60,12 @@ def test_a_configuration_and_its_line() -> None:
     assert by_rows.settings.optimizer.hash_gradients == by_rows.settings.parallel.tables == "rows"
     assert by_rows.tables == "rows, gradients too"
     assert Configuration.parse("tiny:shard+muon", 8).settings.optimizer.name == "muon"
+    kept = Configuration.parse("narrow:shard+keep+halves", 8)
+    assert (kept.settings.parallel.reshard_after_forward, kept.settings.parallel.reduce_dtype) == (False, "bfloat16")
+    released = preset("blt-1b")
+    assert isinstance(released, BLTSettings)
+    for part in ("encoder", "global_transformer", "decoder"):
+        assert getattr(kept.model, part).num_layers == getattr(released, part).num_layers
 
 
 @pytest.mark.parametrize(
