@@ -68,7 +68,9 @@ class Training:
         check_float8(settings.float8, device, dtype)
         check_settings(settings, ranks.world_size, device)
         self.plan = plan_of(configuration.plan, settings, ranks, device)
-        model = build_parallel_model(settings.model, self.plan, device, dtype, compiled, settings.float8)
+        model = build_parallel_model(
+            settings.model, self.plan, device, dtype, compiled, settings.float8, num_patches=settings.num_patches
+        )
         fill(model)
         stream, targets = random_batch(settings.data.batch_bytes, device, seed=self.plan.data_rank)
         self.num_patches = num_patches(stream) or 1

@@ -117,7 +117,14 @@ class Trainer:
         compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
         scales = settings.optimizer.lr_scale
         model = build_parallel_model(
-            settings.model, plan, device, dtype, compiled, settings.float8, lambda name: scales.of(name) == 0
+            settings.model,
+            plan,
+            device,
+            dtype,
+            compiled,
+            settings.float8,
+            lambda name: scales.of(name) == 0,
+            settings.num_patches,
         )
 
         def loss(batch: Batch) -> torch.Tensor:
