@@ -27,7 +27,7 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
-from bytelatent.training.checks import check_float8, check_settings
+from bytelatent.training.checks import check_float8, check_settings, expected_patches
 from bytelatent.training.distributed.parallelize import ParallelPlan, build_parallel_model, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.gradients import Gradients
@@ -69,7 +69,7 @@ class Training:
         check_settings(settings, ranks.world_size, device)
         self.plan = plan_of(configuration.plan, settings, ranks, device)
         model = build_parallel_model(
-            settings.model, self.plan, device, dtype, compiled, settings.float8, num_patches=settings.num_patches
+            settings.model, self.plan, device, dtype, compiled, settings.float8, num_patches=expected_patches(settings)
         )
         fill(model)
         stream, targets = random_batch(settings.data.batch_bytes, device, seed=self.plan.data_rank)

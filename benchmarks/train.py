@@ -9,8 +9,8 @@ FlexAttention's also where cuDNN would be taken.
 
 1b       the released shape, weights in bfloat16, as published peers are timed, kernel by kernel and as a CUDA graph;
          8b: the paper's largest
-float8   shapes in bfloat16 and in each recipe of 8-bit floats (torchao), with all matrices of the global transformer, and
-         with those that `bytelatent.training.distributed.float8` expects to gain
+float8   shapes in bfloat16 and in each recipe of 8-bit floats (torchao), with all matrices of the global transformer,
+         and with those that `bytelatent.training.distributed.float8` expects to gain
 entropy  the published entropy model, weights in bfloat16: a training step, and forward
 step     1b as it is trained: float32 weights, products in bfloat16, clipping, optimizer, hash tables by rows; from
          65,536 bytes on with the blocks computed again in the backward pass, since 80 GB hold no more; below that
