@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [--new 512]
     python benchmarks/decode.py profile [--apart] [--slots 1 64] [--model blt-1b] [--quorum 0.33] [--closing 32]
+                                [--beside] [--library 64] [--spread]
     python benchmarks/decode.py slots [--slots 1 4 16 64 128 256] [--new 512] and the same options
     python benchmarks/decode.py [one8] [caches8] [cpu] [leaks --minutes 60]
 
@@ -11,7 +12,7 @@ The limit counts the bytes of weights and caches that must be read, at the speed
 
 check    float32 on the device: the replayed step's bytes and log-probabilities against plain PyTorch's. KV caches in 8
          bits are shown and not counted: another order of sums may round a key to the next step
-one      one sequence;  batch: 64;  8b: one, of the 8B shape
+one      one sequence;  batch: 64, also with the global transformer beside other slots' bytes;  8b: one, of the 8B shape
 one8     one sequence with weights quantized to int8, to fp8, and as they are
 caches8  one, 64 and 256 sequences with KV caches as they are and in 8 bits
 first    seconds from a prompt to the first byte
@@ -32,13 +33,14 @@ from typing import Any, get_args
 
 import torch
 from decode_models import DEVICE, DRAW, PATCH_BYTES, copy_rate, decoder_of, matrix_rate, random_prompts
-from decode_slots import Closing, generate, profile, table
+from decode_slots import Closing, generate, profile, spread, table
 
 from bytelatent.inference import Decoder, Engine, Sampling
 from bytelatent.inference.quantize import quantize_model
 from bytelatent.inference.settings import KVCacheNumbers, Quantization
 from bytelatent.inference.step import QUORUM, CapturedSlots, PrefillDecoder, engine_for
 from bytelatent.inference.step.prefill import PrefillStack
+from bytelatent.kernels import skinny_linear
 from bytelatent.model import build_model, pack_rows, preset
 from bytelatent.model.flops import costs
 from bytelatent.patching import PatchSettings
@@ -61,10 +63,13 @@ def check() -> None:
         model = quantize_model(plain.model, weights)
         there = Decoder(model, plain.patching, plain.byte_lm, caches)
         fast = PrefillDecoder(model, plain.patching, plain.byte_lm, caches)
-        for rows, quorum, max_closing in ((1, 0.0, None), (4, 0.0, None), (4, 0.5, 2), (20, 0.3, None)):
+        inline = ((1, 0.0, None, False), (4, 0.0, None, False), (4, 0.5, 2, False), (20, 0.3, None, False))
+        beside = ((1, 0.0, None, True), (4, 0.5, 2, True), (20, 0.3, None, True))
+        for rows, quorum, max_closing, is_beside in inline + beside:
             prompts = ["The", "a longer prompt " * 5, "it", "The", "x"] * max(rows // 4, 1)
             expected = cases.generated(Engine.plain(there, rows), prompts[:rows], 60, sampling)
-            engine = Engine(fast, CapturedSlots(fast, rows, quorum, max_closing), rows)
+            slots = CapturedSlots(fast, rows, quorum, max_closing, beside=is_beside)
+            engine = Engine(fast, slots, rows)
             found = cases.generated(engine, prompts[:rows], 60, sampling)
             same, far = 0, 0.0
             for one, other in zip(found, expected, strict=True):
@@ -76,7 +81,8 @@ def check() -> None:
                     far = max(far, abs(p - q))
             num_unequal += rows - same if caches == "full" else 0
             print(
-                f"check {name}, {weights} weights, {caches} caches, {rows} rows, quorum {quorum}: "
+                f"check {name}, {weights} weights, {caches} caches, {rows} rows, quorum {quorum}"
+                f"{', beside' * is_beside}: "
                 f"{same} of {rows} equal, log-probabilities {far:.1e}"
             )
     if num_unequal:
@@ -229,6 +235,9 @@ def main() -> None:
     parser.add_argument("--model", default="blt-1b", help="preset, of profile and slots")
     parser.add_argument("--quorum", type=float, default=QUORUM, help="of profile and slots")
     parser.add_argument("--closing", type=int, help="slots that close a patch in a step at most, of profile and slots")
+    parser.add_argument("--beside", action="store_true", help="of profile and slots: see `CapturedSlots`")
+    parser.add_argument("--library", type=int, help="slots above which the library's products are taken, likewise")
+    parser.add_argument("--spread", action="store_true", help="products in more, smaller programs: see `spread`")
     parser.add_argument("--apart", action="store_true", help="profile: launches do not overlap, and share one stream")
     given = parser.parse_args()
     if "cpu" in given.what:
@@ -239,7 +248,11 @@ def main() -> None:
         return
     print(torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", torch.__version__, flush=True)
     if {"profile", "slots"} & set(given.what):
-        decoder, closing = decoder_of(given.model), Closing(given.quorum, given.closing)
+        decoder, closing = decoder_of(given.model), Closing(given.quorum, given.closing, given.beside)
+        if given.library is not None:
+            skinny_linear.LIBRARY_FROM = given.library
+        if given.spread:
+            skinny_linear.launch_for = spread
         if "profile" in given.what:
             for count in given.slots or (1, 64):
                 profile(decoder, count, given.apart, closing)
@@ -262,6 +275,8 @@ def main() -> None:
         if "batch" in given.what:
             for quorum, max_closing in ((0.0, 24), (QUORUM, None), (0.5, None)):
                 generate(decoder, 64, given.new, quorum, max_closing)
+            for quorum in (0.0, 0.1, 0.2, QUORUM):
+                generate(decoder, 64, given.new, quorum, beside=True)
         if "prefill" in given.what:
             prefill(decoder)
         del decoder

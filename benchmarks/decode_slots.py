@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -13,9 +13,19 @@ from bytelatent.inference import Decoder, Engine
 from bytelatent.inference.step import QUORUM, CapturedSlots
 from bytelatent.inference.step.cuda_graph import SideStream
 from bytelatent.inference.step.step import BLTStep
+from bytelatent.kernels.skinny_launch import PROGRAMS, SkinnyLaunch, launch_for
 from bytelatent.training.profiling.measure import kernels_of
 
 WARM, PROFILED = 60, 40  # steps
+
+
+def spread(M: int, N: int, K: int, gated: bool = False, itemsize: int = 2) -> SkinnyLaunch:
+    """As `launch_for`, with a program's rows halved, to 16 at least, while a product leaves half of the GPU idle."""
+    launch = launch_for(M, N, K, gated, itemsize)
+    block_m, block_n = launch.block_m, launch.block_n
+    while block_m > 16 and -(-M // block_m) * -(-N // block_n) * launch.splits * 2 <= PROGRAMS:
+        block_m //= 2
+    return replace(launch, block_m=block_m)
 
 
 @dataclass(frozen=True)
@@ -24,11 +34,13 @@ class Closing:
 
     quorum: float = QUORUM
     most: int | None = None
+    beside: bool = False
 
     def slots(self, decoder: Decoder, count: int) -> CapturedSlots:
         if count == 1:
             return CapturedSlots(decoder, 1)
-        return CapturedSlots(decoder, count, self.quorum, None if self.most is None else min(self.most, count))
+        most = None if self.most is None else min(self.most, count)
+        return CapturedSlots(decoder, count, self.quorum, most, beside=self.beside)
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,18 @@ def measure(engine: Engine, slots: CapturedSlots, count: int, new: int, quorum: 
     )
 
 
-def generate(decoder: Decoder, count: int, new: int, quorum: float = 0.0, max_closing: int | None = None) -> None:
-    slots = CapturedSlots(decoder, count, quorum, max_closing)
+def generate(
+    decoder: Decoder,
+    count: int,
+    new: int,
+    quorum: float = 0.0,
+    max_closing: int | None = None,
+    beside: bool = False,
+) -> None:
+    slots = CapturedSlots(decoder, count, quorum, max_closing, beside=beside)
     rate = measure(Engine(decoder, slots, count), slots, count, new, quorum)
     print(
-        f"{count} sequences, quorum {quorum:.2f}, {max_closing or count} closing: "
+        f"{count} sequences, quorum {quorum:.2f}, {max_closing or count} closing{', beside' * beside}: "
         f"{rate.bytes_per_second:,.0f} bytes/s, {rate.bytes_per_second / rate.limit:.0%} of the limit's "
         f"{rate.limit:,.0f}; "
         f"{rate.per_byte * 1e3:.3f} ms per byte of each, {rate.bytes_per_patch:.2f} bytes per patch, "
@@ -137,7 +156,7 @@ def profile(decoder: Decoder, count: int, apart: bool, closing: Closing) -> None
     slots = closing.slots(decoder, count)
     slots.overlap = not apart
     if apart and isinstance(slots.step, BLTStep):
-        slots.step.side = SideStream(torch.device("cpu"))  # none
+        slots.step.side = slots.step.closing_side = SideStream(torch.device("cpu"))  # none
     engine = Engine(decoder, slots, count)
     for prompt in random_prompts(count, 512):
         engine.submit(prompt, DRAW, WARM + 2 * PROFILED + 200)

@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py predict [--rate 171440] [--bytes 65536]
     torchrun --nproc-per-node N benchmarks/scale.py measure [MODEL[/ROWS]:WORD+WORD[@BYTES]...] [--bytes 65536 16384]
+    torchrun --nproc-per-node 2 benchmarks/scale.py calls [tiny:WORD+WORD...]
     python benchmarks/scale.py tables [--text FILE] [--bytes 65536]
     python benchmarks/scale.py correct [--gpus N] [--text TEXT.jsonl] [--out FOLDER]
 
@@ -14,6 +15,7 @@ measure  the trainer's steps on random text, so many bytes a GPU; each configura
          a GPU where it says so: blt-1b/100003:shard+selective@32768, blt-1b/2000003:shard+rows. `--save FOLDER`: after
          all of them each is made again and saved in the background while steps go on; of one process only what is
          `alone`.
+calls    the operations that the host starts in a step, counted on a CPU, without compilation.
 tables   what a GPU sends for hash tables in a step of the 1B shape, counted; how many rows a text looks up.
 correct  runs of the trainer: many GPUs against one, a second time, from another number, after a rank was killed.
 
@@ -121,6 +123,9 @@ def main() -> None:
     given.add_argument("--profile", action="store_true", help="print the kernels of a step, too")
     given.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     given.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
+    given = what.add_parser("calls")
+    given.add_argument("configurations", nargs="*", help=f"default: {' '.join(COUNTED)}")
+    given.add_argument("--bytes", type=int, default=512, help="a rank and step")
     given = what.add_parser("tables")
     given.add_argument("--text", type=Path, metavar="FILE", help="plain text; else random bytes")
     given.add_argument("--bytes", type=int, default=65_536, help="a GPU and step")
@@ -140,6 +145,10 @@ def main() -> None:
         from scale_tables import print_sent
 
         guarded(lambda: print_sent(preset("blt-1b"), given.bytes, given.text))
+    elif given.what == "calls":
+        from scale_calls import count_calls
+
+        guarded(lambda: count_calls(given.configurations or COUNTED, given.bytes))
     elif given.what == "measure":
         from scale_measure import measure
 
@@ -156,6 +165,7 @@ def main() -> None:
         guarded(lambda: correct(given.gpus, given.plans, given.text, given.out, *how))
 
 
+COUNTED = ["tiny:shard", "tiny:shard+keep", "tiny:replicate", "tiny:shard+rows"]
 NAMES = ("blt-1b", "blt-8b")
 ONE = ["blt-1b:alone", "blt-1b:shard+dense", "blt-1b:shard"]
 MANY = [

@@ -16,6 +16,7 @@ from bytelatent.training.distributed.parallelize import fsdp_groups
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_trace import Communication, communication
 from scale import Links, predict
+from scale_calls import HEAD, calls_of, count_calls
 from scale_measure import SAVE_HEAD, Row, measure, underline
 from scale_plans import TINY, Configuration
 from scale_tables import distinct_rows, sent
@@ -142,3 +143,21 @@ def test_what_is_sent_for_tables() -> None:
     found = sent(TINY, 2, 100, 200)
     assert found["sums"] == found["rows"] == 2 * 4 * 32 * 100
     assert found["gathered"] == 2 * 4 * 32 * 2 * 1009 / 2
+
+
+def test_calls_count_what_the_host_starts() -> None:
+    x = torch.randn(8, 8)
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    weight.grad = torch.ones_like(weight)
+    found = calls_of(lambda: (x.relu(), (x @ x).sum().item(), x.nonzero()))  # a product calls others, which count not
+    assert (found["all"], found["waits"], found["optimizer"]) == (5, 2, 0)
+    stepped = calls_of(torch.optim.SGD([weight], lr=0.1).step)
+    assert stepped["all"] == stepped["optimizer"] > 0
+
+
+def test_calls_of_one_rank(capfd: pytest.CaptureFixture[str]) -> None:
+    count_calls(["tiny:alone", "tiny:shard"], 256)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| 1 |")]
+    alone, sharded = (dict(zip(cells(HEAD), cells(line), strict=True)) for line in lines)
+    assert int(alone["of FSDP"]) == 0 < int(sharded["of FSDP"])
+    assert int(alone["operations"]) < int(sharded["operations"])

@@ -17,6 +17,7 @@ from bytelatent.commands.generate import open_engine
 from bytelatent.commands.options import default_model, model_named
 from bytelatent.errors import Interrupted, UserError
 from bytelatent.inference import Engine, Sampling
+from bytelatent.inference.prefix_cache import PrefixCache
 from bytelatent.signals import noting_interrupts, sigterm_interrupts
 from bytelatent.text.chat import DEFAULT_TEMPLATE, BadMessages, ChatTemplate, checked_messages, text_of
 from bytelatent.text.documents import json_value
@@ -36,6 +37,8 @@ HELP = (
     + '\nA line that ends in \\ continues in the next one; """ begins and ends a message of several lines. Write // '
     "for / at the beginning of a message. Ctrl-C stops an answer and keeps its beginning."
 )
+PREFILL_CHUNK = 8192  # bytes of a prompt that are read between two looks at Ctrl-C
+PREFIX_CACHE_BYTES = 1 << 30  # for the states of what was read: each takes as much as the KV caches of its texts
 MARK, MORE, SEVERAL = "> ", ". ", '"""'
 
 
@@ -160,9 +163,9 @@ def open_chat(settings: ChatSettings) -> Chat:
             "used. Another: --chat-template FILE"
         )
     sampling = settings.sampling.model_copy(update={"stop": [*settings.sampling.stop, *template.stops]})
-    chat = Chat(
-        open_engine(settings, 1), template, sampling, settings.max_new_bytes, settings.context or found.config.context
-    )
+    engine = open_engine(settings, 1)
+    engine.serve(PREFILL_CHUNK, PrefixCache(PREFIX_CACHE_BYTES))  # a turn reads only what is new of the conversation
+    chat = Chat(engine, template, sampling, settings.max_new_bytes, settings.context or found.config.context)
     chat.reset(settings.system)
     return chat
 

@@ -204,6 +204,10 @@ class Engine:
         return cls(decoder, PlainSlots(decoder, batch_size, vocabulary), batch_size, vocabulary)
 
     @property
+    def prompts(self) -> PromptQueue:
+        return self._prompts
+
+    @property
     def num_waiting(self) -> int:
         """Sequences that wait for a slot."""
         return sum(map(len, self._prompts.groups))

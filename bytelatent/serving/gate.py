@@ -19,6 +19,8 @@ OPEN = {"/health", "/ready", "/openapi.json"}  # without a key
 API = ("/v1/", "/tokenize", "/detokenize", "/metrics")
 DISCARDED = 16  # times the limit of a body is read and dropped, so that a client gets its answer before it is cut off
 HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::\d*)?")
+ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+ABSOLUTE_RAW = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 CLOSE = {"Connection": "close"}
 
 
@@ -47,6 +49,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        _take_origin_form(scope)
         headers, path = Headers(scope=scope), scope["path"]
         try:
             self._check_host(headers)
@@ -96,6 +99,16 @@ class Gate:
             missing = "there is no API key; send the header Authorization: Bearer KEY"
             wrong = "the API key is not one of this server's"
             raise ApiError(401, wrong if key else missing, headers={"WWW-Authenticate": "Bearer"})
+
+
+def _take_origin_form(scope: Scope) -> None:
+    """Let a target in absolute form, `GET http://host/health`, be its path; its host then is the request's."""
+    if found := ABSOLUTE.match(scope["path"]):
+        scope["path"] = found[2] or "/"
+        raw = scope.get("raw_path") or b""
+        scope["raw_path"] = ABSOLUTE_RAW.sub(b"", raw, count=1) or b"/"
+        others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+        scope["headers"] = [(b"host", found[1].encode("latin-1", "replace")), *others]
 
 
 def _host_name(host: str) -> str:

@@ -72,6 +72,21 @@ def test_an_answer_is_the_continuation_of_the_prompt(chat: Chat) -> None:
     assert chat.ended == "stop"
 
 
+def test_a_turn_reads_only_what_is_new(model: Path) -> None:
+    """And answers as one that reads the whole conversation again."""
+    settings = settings_of(model, context=4000)
+    chat, again = open_chat(settings), open_chat(settings)
+    for said in ("a long question, " * 30, "And then?", "And last?"):
+        read_before = chat.engine.prompts.num_read
+        answer = "".join(chat.answer(said))
+        num_read = chat.engine.prompts.num_read - read_before
+        again.engine.serve(64)  # with no states of earlier prompts
+        again.messages = chat.messages[:-2]
+        assert "".join(again.answer(said)) == answer
+    whole = again.engine.prompts.num_read
+    assert num_read < 100 < 500 < whole
+
+
 def test_the_oldest_messages_are_dropped(chat: Chat, caplog: pytest.LogCaptureFixture) -> None:
     chat.limit = 80
     prompts = []

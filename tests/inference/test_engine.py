@@ -1,5 +1,6 @@
 """Sequences in rows: greedy bytes are those of the plain forward pass, alone or among any others."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,8 @@ from bytelatent.errors import UserError
 from bytelatent.inference import Continuation, Decoder, Engine, Sampling, prompt_ids
 from bytelatent.inference.settings import MAX_NEW_BYTES
 from bytelatent.inference.step import CapturedSlots, supports
+from bytelatent.inference.step import step as step_module
+from bytelatent.inference.step.cuda_graph import SideStream
 from bytelatent.inference.step.step import BLTStep
 from bytelatent.inference.utf8 import state_after
 from bytelatent.model import ByteLM
@@ -77,8 +80,8 @@ def shared_decoder(name: str, seed: int = 0) -> Decoder:
 
 
 def engine_of(decoder: Decoder, kind: str, batch_size: int) -> Engine:
-    """Plain rows; the fast ones as they run on a CPU; the same where the global transformer runs seldom, for few; and
-    as on a GPU, where the decoder does not wait for the byte LM."""
+    """Plain rows; the fast ones as they run on a CPU; the same where the global transformer runs seldom, for few; as
+    on a GPU, where the decoder does not wait for the byte LM; and where others do not wait for the global one."""
     if kind == "plain":
         return Engine.plain(decoder, batch_size)
     assert supports(decoder.model, decoder.byte_lm)
@@ -94,6 +97,8 @@ FAST: dict[str, dict[str, Any]] = {
     "fast, few": {"max_closing": 2},
     "assuming": {},
     "assuming, seldom": {"quorum": 0.6},
+    "beside": {"beside": True},
+    "beside, seldom": {"beside": True, "quorum": 0.6, "max_closing": 2},
 }
 ASSUMING = ["assuming", "assuming, seldom"]
 KINDS = ["plain", *FAST]
@@ -183,6 +188,30 @@ def test_rows_are_independent(kind: str, data: st.DataObject) -> None:
             atol=1e-4,
             rtol=0,
         )
+
+
+@pytest.mark.parametrize("name", ["entropy", "all layers"])
+def test_patches_read_beside_bytes_are_read_in_any_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU patches come before the bytes beside them; here after them."""
+    late: list[Callable[[], None]] = []
+
+    class Late(SideStream):
+        def join(self) -> None:
+            while late:
+                late.pop()()
+
+    def keep(run: Tensor, work: Callable[[], None]) -> None:
+        if bool(run):
+            late.append(work)
+
+    monkeypatch.setattr(step_module, "run_if", keep)
+    engine = engine_of(decoder_of(name), "beside", 3)
+    step: Any = engine.slots.step  # pyright: ignore[reportAttributeAccessIssue]
+    step.closing_side = Late(torch.device("cpu"))
+    hot = Sampling(temperature=1.0, seed=4)
+    found = generated(engine, PROMPTS, 40, hot)
+    expected = generated(engine_of(decoder_of(name), "plain", 1), PROMPTS, 40, hot)
+    assert [one.ids for one in found] == [one.ids for one in expected]
 
 
 @pytest.mark.parametrize("size", [200, 300])

@@ -169,6 +169,18 @@ def raw(served: Served, *parts: bytes, pause: float = 0.0) -> bytes:
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
+def test_targets_in_absolute_form(served: Served) -> None:
+    """As clients send them that take the server for a proxy; the host within is the one that counts."""
+
+    def status(target: str) -> bytes:
+        return raw(served, f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())[:12]
+
+    for target in ("http://localhost/health", "HTTP://127.0.0.1:80/v1/models?a=b", "http://localhost"):
+        assert status(target) == b"HTTP/1.1 200", target
+    assert status("http://localhost/nothing") == b"HTTP/1.1 404"
+    assert status("http://elsewhere.example/health") == b"HTTP/1.1 403"
+
+
 def test_slow_clients_are_cut_off(served: Served) -> None:
     with ThreadPoolExecutor(6) as pool:
         silent = pool.submit(raw, served)

@@ -46,7 +46,7 @@ def test_prompts_go_on_from_what_was_generated(kind: str) -> None:
         assert queue.num_read <= 2 * (20 + 2 * 16)
 
 
-@pytest.mark.parametrize("kind", ["fast", "fast, seldom", "assuming, seldom"])
+@pytest.mark.parametrize("kind", ["fast", "fast, seldom", "assuming, seldom", "beside, seldom"])
 @pytest.mark.parametrize("name", ["entropy", "joined"])
 def test_sets_of_slots(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that join and leave, so that others move between sets in the midst of their patches."""

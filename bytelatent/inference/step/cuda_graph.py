@@ -17,6 +17,14 @@ from bytelatent.kernels.launch import overlapped
 _capturing: "Graph | None" = None
 
 
+@cache
+def _stream(device: int, what: str) -> torch.cuda.Stream:  # pyright: ignore[reportUnusedParameter]
+    """The stream for this part of every graph: PyTorch has 32 and gives the 33rd caller the first one again, but parts
+    of a graph that run at once must not share one.
+    """
+    return torch.cuda.Stream(device)
+
+
 class Graph:
     """Some work, captured: to run it again is one launch. It runs once before, so that its kernels are compiled."""
 
@@ -24,7 +32,7 @@ class Graph:
         global _capturing
         self._graph = torch.cuda.CUDAGraph()
         self._pools: list[Any] = []  # of the parts that do not always run; tensors lie there as long as the graph does
-        stream = torch.cuda.Stream()
+        stream = _stream(torch.cuda.current_device(), "graph")
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with overlapped(overlap), torch.cuda.stream(stream):
@@ -44,7 +52,7 @@ class Graph:
         """Capture `work` as a part that runs only where `run` is not 0."""
         from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
 
-        stream, inner = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream, inner = torch.cuda.current_stream(), _stream(torch.cuda.current_device(), "condition")
         graph = _done(runtime.cudaStreamGetCaptureInfo(stream.cuda_stream))[2]
         handle = _done(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
         _set_condition(handle, run, stream)
@@ -86,10 +94,12 @@ def run_if(run: Tensor, work: Callable[[], None]) -> None:
 
 
 class SideStream:
-    """A second stream. Its work runs beside what follows, until `join`."""
+    """A second stream, that of all sides of this name. Its work runs beside what follows, until `join`."""
 
-    def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, name: str = "side"):
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = _stream(torch.cuda.current_device() if device.index is None else device.index, name)
 
     @contextmanager
     def beside(self) -> Iterator[None]:

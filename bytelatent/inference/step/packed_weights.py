@@ -65,7 +65,7 @@ class StackWeights:
     settings: StackSettings
     blocks: list[BlockWeights]
     rotary: Tensor  # [positions, E/2, 2]
-    _launches: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _launches: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stack: Any) -> "StackWeights":
@@ -78,20 +78,20 @@ class StackWeights:
     def eps(self) -> float:
         return self.settings.norm_eps
 
-    def launch(self, sequences: int) -> dict[str, Any]:
-        """How the attention kernel is launched for this number of sequences.
+    def launch(self, sequences: int, side: int = 0) -> dict[str, Any]:
+        """How the attention kernel is launched for this number of sequences, on one of the sides that run at once.
 
         Each is made once, since a CUDA graph knows its tensors by their addresses.
         """
         if self.rotary.device.type != "cuda":
             return {}
-        if sequences not in self._launches:
+        if (sequences, side) not in self._launches:
             settings = self.settings
             heads, reach = settings.num_heads, settings.window or BLOCK
             launch = launch_for_attention(sequences, heads, settings.kv_heads, reach)
             scratch = split_scratch(sequences, heads, settings.head_dim, launch.splits, self.rotary.device)
-            self._launches[sequences] = {"launch": launch, "scratch": scratch}
-        return self._launches[sequences]
+            self._launches[sequences, side] = {"launch": launch, "scratch": scratch}
+        return self._launches[sequences, side]
 
     def reserve(self, positions: int) -> None:
         """Grow the rotary embedding to this number of positions."""

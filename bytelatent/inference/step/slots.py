@@ -40,6 +40,7 @@ class CapturedSlots:
         quorum: the share of slots at work that must have closed a patch before the global transformer runs; see
             `BLTStep`.
         max_closing: slots that the global transformer runs for at most; default: all.
+        beside: whether it runs beside the other slots' next byte; see `BLTStep`.
         like: other slots of the same decoder, whose weights these share.
     """
 
@@ -52,6 +53,7 @@ class CapturedSlots:
         quorum: float = 0.0,
         max_closing: int | None = None,
         like: "CapturedSlots | None" = None,
+        beside: bool = False,
     ):
         self.decoder = decoder
         self.num_steps = 0
@@ -63,7 +65,7 @@ class CapturedSlots:
         if isinstance(decoder.model, ByteLM):
             self.step = ByteLMStep(decoder, num_slots, like=shared)
         else:
-            self.step = BLTStep(decoder, num_slots, max_closing or num_slots, quorum, shared)
+            self.step = BLTStep(decoder, num_slots, max_closing or num_slots, quorum, shared, beside)
         self._graph: Graph | None = None
         self._captured_at: list[int] = []
         self._pinned: list[tuple[Tensor, ...]] = []

@@ -7,6 +7,10 @@ step or two. Their bytes do not depend on it.
 
 The decoder need not wait for the entropy model. On a GPU it reads a byte beside it, as if the patch stayed open, which
 is so most times; where it closed, the decoder reads the byte once more, with the new patch.
+
+Nor need other slots wait for the global transformer: it may run beside their next byte (`beside`). Then a slot always
+waits for the step after the one that closes its patch, and in a step no slot both reads a byte and has its patch read,
+so that the two sides write to no slot in common.
 """
 
 from dataclasses import dataclass
@@ -47,6 +51,7 @@ class QueryPositions:
     position: Tensor
     slot: Tensor  # -1: nothing is read
     run: Tensor | None = None  # one number, 0: the kernels do nothing
+    side: int = 0  # which of the sides that run at once; each has a scratch of its own
 
 
 class ByteLMStep:
@@ -130,7 +135,7 @@ class ByteLMStep:
             window=cache.window,
             row_B=at.slot,
             run=at.run,
-            **stack.launch(len(at.position)),
+            **stack.launch(len(at.position), at.side),
         )
         x_MD = skinny_linear(found, weights.output, residual_MN=x_MD, out=x_MD, **given)
         hidden = skinny_linear(x_MD, weights.gate_up, gated=True, eps=eps, **given)
@@ -143,6 +148,7 @@ class BLTStep(ByteLMStep):
     Args:
         max_closing: slots for which a step runs the global transformer at most.
         quorum: the share of working slots that must have closed a patch before it runs.
+        beside: whether it runs beside the other slots' next byte. Not for models without the decoder's cross-attention.
     """
 
     state: BLTDecodeState
@@ -154,6 +160,7 @@ class BLTStep(ByteLMStep):
         max_closing: int,
         quorum: float = 0.0,
         like: "BLTStep | None" = None,
+        beside: bool = False,
     ):
         super().__init__(decoder, num_slots, max_closing, like)
         model: Any = decoder.model
@@ -162,10 +169,12 @@ class BLTStep(ByteLMStep):
         weights = decoder.blt_weights if isinstance(decoder, PrefillDecoder) else like and like.blt
         self.blt = BLTWeights.of(model) if weights is None else weights
         self.quorum = quorum
-        self.can_wait = quorum > 0 or max_closing < num_slots
+        self.beside = beside and bool(self.blt.decoder_cross)
+        self.can_wait = self.beside or quorum > 0 or max_closing < num_slots
         self.assumes_open = decoder.device.type == "cuda" and has_conditions()
-        self.side = SideStream(decoder.device)
+        self.side, self.closing_side = SideStream(decoder.device, "byte LM"), SideStream(decoder.device, "closing")
         self.encoded_BD = torch.zeros_like(self.state.open_max)  # the encoder's state of the newest byte
+        self.closed_BV = torch.zeros_like(self.logits_BV)  # the logits of slots whose patch was read
         self.powers = None
         if model.encoder.ngram_hash is not None:
             self.powers = model.encoder.ngram_hash.powers(decoder.device)
@@ -179,14 +188,21 @@ class BLTStep(ByteLMStep):
         torch.eq(state.open_count, 0, out=buffers.starts)
         draw(self.logits_BV, self.sampling, state.position, buffers)
         append(state, buffers)
+        if self.beside:
+            self._read_beside()
+        else:
+            self._read()
+
+    def _read(self) -> None:
+        """Read the newest bytes, then the patches that they close."""
+        state, buffers = self.state, self.buffers
         with self.side.beside():
             lm_logits = self._read_byte_lm(*self._line())
         encoded_BD = self._encode()
         if self.can_wait:
-            torch.where(buffers.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
-            encoded_BD = self.encoded_BD
+            encoded_BD = self._kept(encoded_BD)
         if self.assumes_open:
-            self._decode_newest(encoded_BD, buffers.slot, closes=False)
+            self._decode_newest(encoded_BD, buffers.slot, self.logits_BV, closes=False)
         self.side.join()
         with overlapped(False):  # it comes after two kernels
             decide(lm_logits, self.patching, state, buffers)
@@ -195,6 +211,37 @@ class BLTStep(ByteLMStep):
             run_if(buffers.run, lambda: self._close(encoded_BD))
         else:
             self._close(encoded_BD)
+
+    def _read_beside(self) -> None:
+        """Read the newest bytes, and beside them the patches that closed before."""
+        state, buffers = self.state, self.buffers
+        buffers.wants.copy_(buffers.is_waiting)
+        choose(state, buffers, self.quorum, decoded=True)
+        before_BD = self.encoded_BD.clone()
+
+        def close() -> None:
+            self._read_patches()
+            self._decode_newest(before_BD, buffers.decodes, self.closed_BV, side=1)
+
+        with self.closing_side.beside():
+            run_if(buffers.run, close)
+        with self.side.beside():
+            lm_logits = self._read_byte_lm(*self._line())
+        self._decode_newest(self._kept(self._encode()), buffers.slot, self.logits_BV, closes=False)
+        self.side.join()
+        with overlapped(False):
+            decide(lm_logits, self.patching, state, buffers)
+        self.closing_side.join()
+        self._take_closed()
+        buffers.is_waiting.copy_(buffers.wants)
+
+    def _kept(self, encoded_BD: Tensor) -> Tensor:
+        """The encoder's states of all slots' newest bytes, those of slots that read none included."""
+        return torch.where(self.buffers.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
+
+    def _take_closed(self) -> None:
+        """Take the logits of the slots whose patch was read."""
+        torch.where(self.buffers.decodes[:, None] >= 0, self.closed_BV, self.logits_BV, out=self.logits_BV)
 
     def _line(self) -> tuple[Tensor, QueryPositions]:
         """The newest ids and their positions as the entropy model reads them: its context may be reset at newlines."""
@@ -262,24 +309,31 @@ class BLTStep(ByteLMStep):
 
     def _close(self, encoded_BD: Tensor) -> None:
         """Run the global transformer for the chosen slots; compute the logits that are still to come."""
+        buffers = self.buffers
+        if buffers.run.is_cuda or bool(buffers.run):  # a CPU knows
+            self._read_patches()
+        if self.assumes_open and len(encoded_BD) > 1:  # others have theirs
+            self._decode_newest(encoded_BD, buffers.decodes, self.closed_BV)
+            self._take_closed()
+        else:
+            self._decode_newest(encoded_BD, buffers.decodes, self.logits_BV)
+
+    def _read_patches(self) -> None:
+        """Run the global transformer for the chosen slots, and store what the decoder reads of their patches."""
         state, buffers = self.state, self.buffers
         slot = buffers.closing
-        if buffers.run.is_cuda or bool(buffers.run):  # a CPU knows
-            pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[slot.clamp(min=0)]
-            bytes_of = {"count_C": buffers.closing_count, "row_C": slot}
-            at = QueryPositions(buffers.number, slot, run=None if self.assumes_open else buffers.run)
-            self._store(self._patches(pooled_CD, bytes_of, at), slot)
-        if self.assumes_open and len(encoded_BD) > 1:  # others have theirs
-            before_BV = self.logits_BV.clone()
-            self._decode_newest(encoded_BD, buffers.decodes)
-            torch.where(buffers.decodes[:, None] >= 0, self.logits_BV, before_BV, out=self.logits_BV)
-        else:
-            self._decode_newest(encoded_BD, buffers.decodes)
+        pooled_CD = state.open_max if len(state.open_max) == 1 else state.open_max[slot.clamp(min=0)]
+        bytes_of = {"count_C": buffers.closing_count, "row_C": slot}
+        at = QueryPositions(buffers.number, slot, run=None if self.assumes_open else buffers.run)
+        self._store(self._patches(pooled_CD, bytes_of, at), slot)
 
-    def _decode_newest(self, encoded_BD: Tensor, slot: Tensor, closes: bool = True) -> None:
+    def _decode_newest(
+        self, encoded_BD: Tensor, slot: Tensor, out_BV: Tensor, closes: bool = True, side: int = 0
+    ) -> None:
         """The logits of what follows the newest byte of slots [B], with their newest closed patch.
 
         Args:
+            out_BV: where they go; those of other slots may be any.
             closes: whether the slots among `closing` have closed a patch with this byte; otherwise none has.
         """
         state, buffers, weights, eps = self.state, self.buffers, self.blt, self.blt.decoder.eps
@@ -290,7 +344,7 @@ class BLTStep(ByteLMStep):
                 takes_B = self._of_slots(buffers.closing)[0] if closes else torch.zeros_like(takes_B)
             x_BD = x_BD + torch.where(takes_B.unsqueeze(1), state.patch_k[0, :, 0, 0], 0.0)
         heads, size = state.patch_k.shape[-2:]
-        squares, at = Squares(), QueryPositions(buffers.at, slot)
+        squares, at = Squares(), QueryPositions(buffers.at, slot, side=side)
         adds: dict[str, Any] = {"residual_scale": 2.0, "squares": squares}
         for layer in range(len(weights.decoder.blocks)):
             if layer < len(weights.decoder_cross):
@@ -300,7 +354,7 @@ class BLTStep(ByteLMStep):
                 out = x_BD if layer > 0 else None  # the encoder's states are read again
                 x_BD = skinny_linear(found.flatten(1), cross.output, residual_MN=x_BD, out=out, **adds)
             x_BD = self._block(weights.decoder, layer, x_BD, state.decoder, at, squares)
-        skinny_linear(x_BD, weights.output, eps=eps, squares=squares, out=self.logits_BV)
+        skinny_linear(x_BD, weights.output, eps=eps, squares=squares, out=out_BV)
 
     def _patches(self, pooled_CD: Tensor, bytes_of: dict[str, Tensor], at: QueryPositions) -> Tensor:
         """Keys and values of closed patches for the decoder's cross-attentions, [C*K, Y*2*H*E].
