@@ -27,7 +27,8 @@ from bytelatent.model.loss import cross_entropy
 from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
-from bytelatent.training.checks import check_float8, check_settings, expected_patches
+from bytelatent.training.checks import check_float8, check_settings
+from bytelatent.training.distributed.float8 import expected_patches
 from bytelatent.training.distributed.parallelize import ParallelPlan, build_parallel_model, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.gradients import Gradients

@@ -19,13 +19,12 @@ from bytelatent.text.chat import DEFAULT_TEMPLATE, ChatTemplate
 from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
 from bytelatent.text.tokenizer import Tokenizer
-from bytelatent.training.distributed.float8 import check_gain
+from bytelatent.training.distributed.float8 import check_gain, expected_patches
 from bytelatent.training.distributed.settings import Float8
 from bytelatent.training.settings import TrainSettings
 from bytelatent.vocab import BYTES
 from bytelatent.weights import find_byte_lm, open_pretrained
 
-PATCH_BYTES = 4.5  # the mean patch where no setting names one
 FLOAT8_CAPABILITY = (8, 9)  # the first CUDA devices that multiply 8-bit floats
 
 
@@ -107,12 +106,6 @@ def check_float8(float8: Float8 | None, device: torch.device, dtype: torch.dtype
         raise UserError("float8: its products give bfloat16; take dtype=bfloat16, or leave it out: float8=null")
     if find_spec("torchao") is None:
         raise UserError("float8 needs torchao: pip install 'bytelatent[fp8]'")
-
-
-def expected_patches(settings: TrainSettings) -> float:
-    """Patches of a batch, as far as they are known before there is one: all slots are computed."""
-    mean = settings.calibration.patch_bytes if settings.calibration else PATCH_BYTES
-    return settings.data.patch_slots or settings.data.batch_bytes / mean
 
 
 def check_inputs(settings: TrainSettings, whence: str) -> None:

@@ -17,13 +17,8 @@ from bytelatent.model.loss import bits_per_byte, cross_entropy
 from bytelatent.model.settings import NAMES
 from bytelatent.signals import StopSignals
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
-from bytelatent.training.checks import (
-    check_machine,
-    check_settings,
-    expected_patches,
-    hints_about_batches,
-    how_to_save_memory,
-)
+from bytelatent.training.checks import check_machine, check_settings, hints_about_batches, how_to_save_memory
+from bytelatent.training.distributed.float8 import expected_patches
 from bytelatent.training.distributed.parallelize import (
     ParallelPlan,
     build_parallel_model,

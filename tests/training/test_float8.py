@@ -126,7 +126,7 @@ def taken(name: str, rows: float, how: str = "rowwise", **parallel: Any) -> set[
     return {one.removeprefix("stack.blocks.0.") for one in found if ".blocks." not in one or ".0." in one}
 
 
-def test_the_rule_agrees_with_the_steps_that_were_timed() -> None:
+def test_what_gains_agrees_with_the_steps_that_were_timed() -> None:
     """8B gains with 65,536 bytes a GPU and not with 16,384; 1B does not."""
     wide = {"projection", "feed_forward.gate", "feed_forward.up", "feed_forward.down"}
     assert taken("blt-8b", 65_536 / 4.5) == wide

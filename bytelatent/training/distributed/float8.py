@@ -15,7 +15,9 @@ from torch import nn
 from bytelatent.errors import UserError
 from bytelatent.model import BLTModel, ModelSettings, build_model
 from bytelatent.training.distributed.settings import Float8, ParallelSettings
+from bytelatent.training.settings import TrainSettings
 
+PATCH_BYTES = 4.5  # the mean patch where no setting names one
 MULTIPLE = 16  # what both sizes of a matrix must be multiples of
 # Fitted to `rowwise` of torchao on H200s, all matrices taken: whole steps of the 1B shape took 42 to 44 ms more than in
 # bfloat16, of the 8B shape with 65,536 bytes a GPU 94 ms less. For the 8B shape with 16,384 this gives 25 ms more; 16
@@ -44,6 +46,12 @@ TRAFFIC: dict[Float8, Traffic] = {
     "rowwise_with_gw_hp": Traffic(5, 0, 5, 5, 2),
     "tensorwise": Traffic(5, 1, 1, 6, 3),
 }
+
+
+def expected_patches(settings: TrainSettings) -> float:
+    """Patches of a batch, as far as they are known before there is one: all slots are computed."""
+    mean = settings.calibration.patch_bytes if settings.calibration else PATCH_BYTES
+    return settings.data.patch_slots or settings.data.batch_bytes / mean
 
 
 def gains(float8: Float8, rows: float, out: int, width: int, recomputed: bool = False) -> bool:
