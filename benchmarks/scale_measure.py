@@ -69,8 +69,9 @@ class Training:
         check_float8(settings.float8, device, dtype)
         check_settings(settings, ranks.world_size, device)
         self.plan = plan_of(configuration.plan, settings, ranks, device)
+        patches = expected_patches(settings.data, settings.calibration and settings.calibration.patch_bytes)
         model = build_parallel_model(
-            settings.model, self.plan, device, dtype, compiled, settings.float8, num_patches=expected_patches(settings)
+            settings.model, self.plan, device, dtype, compiled, settings.float8, num_patches=patches
         )
         fill(model)
         stream, targets = random_batch(settings.data.batch_bytes, device, seed=self.plan.data_rank)

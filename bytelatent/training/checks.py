@@ -61,7 +61,8 @@ def check_machine(settings: TrainSettings, device: torch.device, dtype: torch.dt
     """
     check_float8(settings.float8, device, dtype)
     if settings.float8 is not None:
-        check_gain(settings.model, settings.float8, expected_patches(settings), settings.parallel)
+        num_patches = expected_patches(settings.data, settings.calibration and settings.calibration.patch_bytes)
+        check_gain(settings.model, settings.float8, num_patches, settings.parallel)
     for name in settings.track:
         spec = find_spec(name)
         if spec is None or spec.origin is None:  # a folder 'wandb', such as the library leaves, is no library

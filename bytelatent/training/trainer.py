@@ -117,7 +117,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
         scales = settings.optimizer.lr_scale
-        how = device, dtype, compiled, settings.float8, lambda name: scales.of(name) == 0, expected_patches(settings)
+        num_patches = expected_patches(settings.data, settings.calibration and settings.calibration.patch_bytes)
+        how = device, dtype, compiled, settings.float8, lambda name: scales.of(name) == 0, num_patches
         model = build_parallel_model(settings.model, plan, *how)
 
         def loss(batch: Batch) -> torch.Tensor:

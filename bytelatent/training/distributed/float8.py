@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from bytelatent.data import DataSettings
 from bytelatent.errors import UserError
 from bytelatent.model import BLTModel, ModelSettings, build_model
 from bytelatent.training.distributed.settings import Float8, ParallelSettings
-from bytelatent.training.settings import TrainSettings
 
 PATCH_BYTES = 4.5  # the mean patch where no setting names one
 MULTIPLE = 16  # what both sizes of a matrix must be multiples of
@@ -48,10 +48,13 @@ TRAFFIC: dict[Float8, Traffic] = {
 }
 
 
-def expected_patches(settings: TrainSettings) -> float:
-    """Patches of a batch, as far as they are known before there is one: all slots are computed."""
-    mean = settings.calibration.patch_bytes if settings.calibration else PATCH_BYTES
-    return settings.data.patch_slots or settings.data.batch_bytes / mean
+def expected_patches(data: DataSettings, patch_bytes: float | None) -> float:
+    """Patches of a batch, as far as they are known before there is one: all slots are computed.
+
+    Args:
+        patch_bytes: the mean patch that is calibrated for.
+    """
+    return data.patch_slots or data.batch_bytes / (patch_bytes or PATCH_BYTES)
 
 
 def gains(float8: Float8, rows: float, out: int, width: int, recomputed: bool = False) -> bool:
