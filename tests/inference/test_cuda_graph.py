@@ -14,13 +14,13 @@ def test_parts_that_run_at_once_never_share_a_stream(monkeypatch: pytest.MonkeyP
     pool = cycle(range(32))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: next(pool))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    cuda_graph._stream.cache_clear()
+    cuda_graph._streams.cache_clear()
     try:
         for _ in range(40):
-            sides = [SideStream(torch.device("cuda"), name)._stream for name in ("byte LM", "closing")]
-            inside = [cuda_graph._stream(0, what) for what in ("graph", "condition")]
-            assert len({*sides, *inside}) == 4
+            sides = {SideStream(torch.device("cuda"), part)._stream for part in ("byte LM", "closing")}
+            inside = {cuda_graph._streams(0)[part] for part in ("graph", "condition")}
+            assert len(sides | inside) == 4
             next(pool)  # others take streams, too
     finally:
-        cuda_graph._stream.cache_clear()
+        cuda_graph._streams.cache_clear()
     assert SideStream(torch.device("cpu"))._stream is None

@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ from bytelatent.kernels.launch import overlapped
 _capturing: "Graph | None" = None
 
 
+Part = Literal["graph", "condition", "byte LM", "closing"]  # of a graph; all may run at once
+
+
 @cache
-def _stream(device: int, what: str) -> torch.cuda.Stream:  # pyright: ignore[reportUnusedParameter]
-    """The stream for this part of every graph: PyTorch has 32 and gives the 33rd caller the first one again, but parts
-    of a graph that run at once must not share one.
+def _streams(device: int) -> dict[Part, torch.cuda.Stream]:
+    """A stream for each part of all graphs. They are made together, as PyTorch has 32 and gives them out in turn: parts
+    that run at once must not share one.
     """
-    return torch.cuda.Stream(device)
+    return {part: torch.cuda.Stream(device) for part in get_args(Part)}
 
 
 class Graph:
@@ -32,7 +35,7 @@ class Graph:
         global _capturing
         self._graph = torch.cuda.CUDAGraph()
         self._pools: list[Any] = []  # of the parts that do not always run; tensors lie there as long as the graph does
-        stream = _stream(torch.cuda.current_device(), "graph")
+        stream = _streams(torch.cuda.current_device())["graph"]
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with overlapped(overlap), torch.cuda.stream(stream):
@@ -52,7 +55,7 @@ class Graph:
         """Capture `work` as a part that runs only where `run` is not 0."""
         from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
 
-        stream, inner = torch.cuda.current_stream(), _stream(torch.cuda.current_device(), "condition")
+        stream, inner = torch.cuda.current_stream(), _streams(torch.cuda.current_device())["condition"]
         graph = _done(runtime.cudaStreamGetCaptureInfo(stream.cuda_stream))[2]
         handle = _done(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
         _set_condition(handle, run, stream)
@@ -94,12 +97,12 @@ def run_if(run: Tensor, work: Callable[[], None]) -> None:
 
 
 class SideStream:
-    """A second stream, that of all sides of this name. Its work runs beside what follows, until `join`."""
+    """A stream for a part of a graph. Its work runs beside what follows, until `join`."""
 
-    def __init__(self, device: torch.device, name: str = "side"):
+    def __init__(self, device: torch.device, part: Part = "byte LM"):
         self._stream = None
         if device.type == "cuda":
-            self._stream = _stream(torch.cuda.current_device() if device.index is None else device.index, name)
+            self._stream = _streams(torch.cuda.current_device() if device.index is None else device.index)[part]
 
     @contextmanager
     def beside(self) -> Iterator[None]:
