@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from bytelatent.model.settings import StackSettings
 from bytelatent.training import checks, train
 from bytelatent.training.checks import check_float8
 from bytelatent.training.distributed.float8 import check_gain, float8_matrices, gains, to_float8
-from bytelatent.training.distributed.settings import ParallelSettings
+from bytelatent.training.distributed.settings import Float8, ParallelSettings
 from bytelatent.weights import load
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt
 from tests.training.tiny_runs import assert_equal_runs, blt_run, settings, weights
@@ -174,14 +174,18 @@ def test_torchao_keeps_names_weights_and_dtypes() -> None:
     assert {type(value) for value in model.state_dict().values()} == {torch.Tensor}
 
 
-def test_torchaos_products_are_quantized_and_near() -> None:
+@pytest.mark.parametrize("how", get_args(Float8))
+def test_torchaos_products_are_quantized_and_near(how: Float8, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao.float8")
+    # torchao asks for CUDA's autocast alone, so on a CPU its inputs would stay in float32.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: not device or device == ("cpu",))
+    monkeypatch.setattr(torch, "get_autocast_gpu_dtype", lambda: torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     ids = random_ids(generator, 90)
     batch = add_patches(stream_of([ids]), random_starts(generator, 90))
     assert batch.num_patches % 16 != 0
     model, plain = blt(), blt()
-    to_float8(model, "rowwise")
+    to_float8(model, how)
     gradients = []
     for one in (model, plain):
         with torch.autocast("cpu", torch.bfloat16):
