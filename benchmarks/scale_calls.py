@@ -10,7 +10,7 @@ from scale_plans import Configuration
 from torch.profiler import ProfilerActivity, profile
 
 HEAD = "| ranks | model | plan | hash tables | operations | of FSDP | optimizer | collectives | read by the host |"
-WAITS = ("aten::_local_scalar_dense", "aten::nonzero")  # where these run on a GPU, the host waits for it
+WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::nonzero_numpy")  # a GPU: the host waits
 
 
 def calls_of(work: Callable[[], Any]) -> Counter[str]:
@@ -19,8 +19,6 @@ def calls_of(work: Callable[[], Any]) -> Counter[str]:
         work()
     found: Counter[str] = Counter()
     for event in profiler.events() or ():
-        if event.name in WAITS:
-            found["waits"] += 1
         if not event.name.startswith(("aten::", "c10d::", "fsdp::")):
             continue
         above, names = event.cpu_parent, []
@@ -30,6 +28,7 @@ def calls_of(work: Callable[[], Any]) -> Counter[str]:
         if any(name.startswith(("aten::", "c10d::", "fsdp::")) for name in names):
             continue
         found["all"] += 1
+        found["waits"] += event.name in WAITS  # of itself: other operations read values only on a CPU
         found["fsdp"] += any(name.startswith("FSDP::") for name in names) or event.name.startswith("fsdp::")
         found["optimizer"] += any(name.startswith("Optimizer.step") for name in names)
         found["collectives"] += event.name.startswith("c10d::")
