@@ -28,6 +28,7 @@ from bytelatent.training import TrainSettings
 from bytelatent.training import trainer as loop
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
 from bytelatent.training.checks import check_float8, check_settings
+from bytelatent.training.distributed.float8 import expected_patches
 from bytelatent.training.distributed.parallelize import ParallelPlan, build_parallel_model, make_plan
 from bytelatent.training.distributed.ranks import Ranks, open_ranks
 from bytelatent.training.gradients import Gradients
@@ -68,7 +69,10 @@ class Training:
         check_float8(settings.float8, device, dtype)
         check_settings(settings, ranks.world_size, device)
         self.plan = plan_of(configuration.plan, settings, ranks, device)
-        model = build_parallel_model(settings.model, self.plan, device, dtype, compiled, settings.float8)
+        patches = expected_patches(settings.data, settings.calibration and settings.calibration.patch_bytes)
+        model = build_parallel_model(
+            settings.model, self.plan, device, dtype, compiled, settings.float8, num_patches=patches
+        )
         fill(model)
         stream, targets = random_batch(settings.data.batch_bytes, device, seed=self.plan.data_rank)
         self.num_patches = num_patches(stream) or 1

@@ -9,7 +9,8 @@ FlexAttention's also where cuDNN would be taken.
 
 1b       the released shape, weights in bfloat16, as published peers are timed, kernel by kernel and as a CUDA graph;
          8b: the paper's largest
-float8   1b with the global transformer's products in 8-bit floats, a scale for each row (torchao)
+float8   shapes in bfloat16 and in each recipe of 8-bit floats (torchao), with all matrices of the global transformer,
+         and with those that `bytelatent.training.distributed.float8` expects to gain
 entropy  the published entropy model, weights in bfloat16: a training step, and forward
 step     1b as it is trained: float32 weights, products in bfloat16, clipping, optimizer, hash tables by rows; from
          65,536 bytes on with the blocks computed again in the backward pass, since 80 GB hold no more; below that
@@ -51,8 +52,9 @@ from bytelatent.model import (
 from bytelatent.model.flops import training_flops
 from bytelatent.patching import PatchSettings
 from bytelatent.text import Document
-from bytelatent.training.distributed.parallelize import apply_activation_checkpointing, to_float8
-from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8
+from bytelatent.training.distributed.float8 import to_float8
+from bytelatent.training.distributed.parallelize import apply_activation_checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8, ParallelSettings
 from bytelatent.training.gradients import clip
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.profiling.measure import (
@@ -117,6 +119,7 @@ def train(
     sizes: list[int],
     rate: float,
     float8: Float8 | None = None,
+    gaining: bool = False,
     profiled: bool = False,
     captured: bool = False,
     flex: bool = False,
@@ -124,7 +127,8 @@ def train(
 ) -> None:
     settings = preset(name)
     model = random_model(settings)
-    to_float8(model, float8)
+    num_patches = max(sizes) / PATCH_BYTES if gaining else None
+    to_float8(model, float8, num_patches, ParallelSettings(activation_checkpointing=checkpointing))
     build_optimizer(model, OptimizerSettings(hash_gradients="rows"))
     apply_activation_checkpointing(model, checkpointing)
     compile_regions(model)
@@ -140,10 +144,22 @@ def train(
         work()
         torch.cuda.synchronize()
         print(f"{name}: first step {time.perf_counter() - began:.0f} s")
-        what = f"{name}, hash gradients by rows" + (f", float8 {float8}" if float8 else "")
+        what = f"{name}, hash gradients by rows" + (
+            f", float8 {float8}{' where it gains' if gaining else ''}" if float8 else ""
+        )
         show_row(what, settings, size, seconds_of(work, CUDA), rate)
         if profiled:
             print_kernels(work, CUDA)
+
+
+def in_float8(shapes: list[str], sizes: list[int], rate: float, profiled: bool) -> None:
+    ways = [(None, False), *product(get_args(Float8), (False, True))]
+    for name, size, (float8, gaining) in product(shapes, sizes, ways):
+        leave_nothing()
+        try:
+            train(name, [size], rate, float8, gaining, profiled=profiled)
+        except torch.OutOfMemoryError as error:
+            show_memory(f"{name}, {size:,} bytes, float8 {float8}", error)
 
 
 def memory(shapes: list[str], sizes: list[int], rate: float, flex: bool) -> None:
@@ -289,7 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["1b", "float8", "step", "entropy", "patching", "8b", "peer"])
     parser.add_argument("--bytes", type=int, nargs="+", default=[16_384, 65_536])
-    parser.add_argument("--shapes", nargs="+", default=["blt-400m", "blt-1b", "blt-8b"], help="of memory")
+    parser.add_argument("--shapes", nargs="+", default=["blt-400m", "blt-1b", "blt-8b"], help="of memory and float8")
     parser.add_argument("--flex", action="store_true")
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
@@ -300,7 +316,7 @@ def main() -> None:
             leave_nothing()
             train("blt-1b", given.bytes, rate, profiled=given.profile, captured=captured, flex=given.flex)
     for name, work in {
-        "float8": lambda: train("blt-1b", given.bytes, rate, "rowwise", given.profile, flex=given.flex),
+        "float8": lambda: in_float8(given.shapes, given.bytes, rate, given.profile),
         "step": lambda: step(given.bytes, rate, given.flex, given.profile),
         "entropy": lambda: entropy(rate, given.flex, given.profile),
         "patching": patching,

@@ -24,6 +24,9 @@ NAMES_OF_OTHERS = {
 for name in list(os.environ):
     if name in NAMES_OF_OTHERS or name.startswith(OF_OTHERS):
         del os.environ[name]
+# Else every process that a test starts compiles all of the package, and each of pytest's all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Keys and downloads of the user, too, are none of the tests'.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bytelatent-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)

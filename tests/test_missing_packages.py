@@ -38,6 +38,8 @@ CASES: dict[str, tuple[str, str, str]] = {  # what is missing, its extra, the co
 }
 # One process imports what all of them need, and a child of it runs each.
 PROGRAM = """
+import gc
+gc.disable()
 import json, os, sys, traceback
 from importlib.abc import MetaPathFinder
 import torch, typer
@@ -52,6 +54,8 @@ class Without(MetaPathFinder):
         if name.partition(".")[0] == self.package:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
+gc.freeze()  # what is imported is no garbage
+gc.enable()
 for name, (package, _, command) in json.load(sys.stdin).items():
     os.mkdir(name)
     child = os.fork()

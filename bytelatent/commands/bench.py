@@ -20,6 +20,8 @@ from bytelatent.model import BLTSettings, ModelSettings, TokenLMSettings, preset
 from bytelatent.model.flops import costs, training_flops
 from bytelatent.terminal import print_json, print_line
 from bytelatent.training.checks import check_cuda_graph, check_float8
+from bytelatent.training.distributed.float8 import check_gain
+from bytelatent.training.distributed.settings import ParallelSettings
 from bytelatent.training.profiling import measure
 from bytelatent.training.profiling.measure import DOCUMENT, PATCH_BYTES, SyntheticTraining, TrainingSetup
 from bytelatent.training.settings import OptimizerSettings
@@ -96,9 +98,18 @@ def run(settings: BenchTrainSettings) -> None:
     if float8 is not None and not isinstance(model, BLTSettings):
         raise UserError(f"float8 is for the global transformer, and '{settings.model}' has none; leave it out")
     check_float8(float8, device, dtype)
+    num_patches = max(settings.bytes or SIZES[device.type]) / measure.PATCH_BYTES
+    if float8 is not None:
+        parallel = ParallelSettings(activation_checkpointing=settings.checkpointing)
+        check_gain(model, float8, num_patches, parallel)
     check_cuda_graph(settings.cuda_graph, device)
     _check_memory(settings.model, model, device)
-    how = {"float8": float8, "checkpointing": settings.checkpointing, "captured": settings.cuda_graph}
+    how = {
+        "float8": float8,
+        "num_patches": num_patches,
+        "checkpointing": settings.checkpointing,
+        "captured": settings.cuda_graph,
+    }
     setup = TrainingSetup(model, device, dtype, compiled=device.type == "cuda", **how)
     rates = measure.matrix_rate(device, dtype), measure.copy_rate(device), peak_flops(device, dtype)
     report = Benchmark(_title(settings.model, setup), *rates)

@@ -37,7 +37,7 @@ HELP = (
     + '\nA line that ends in \\ continues in the next one; """ begins and ends a message of several lines. Write // '
     "for / at the beginning of a message. Ctrl-C stops an answer and keeps its beginning."
 )
-PREFILL_CHUNK = 8192  # bytes of a prompt that are read between two looks at Ctrl-C
+PREFILL_CHUNK = 8192  # bytes of a prompt that are read before Ctrl-C is asked for again
 PREFIX_CACHE_BYTES = 1 << 30  # for the states of what was read: each takes as much as the KV caches of its texts
 MARK, MORE, SEVERAL = "> ", ". ", '"""'
 

@@ -19,6 +19,7 @@ from bytelatent.text.chat import DEFAULT_TEMPLATE, ChatTemplate
 from bytelatent.text.documents import TextError
 from bytelatent.text.streams import is_remote
 from bytelatent.text.tokenizer import Tokenizer
+from bytelatent.training.distributed.float8 import check_gain, expected_patches
 from bytelatent.training.distributed.settings import Float8
 from bytelatent.training.settings import TrainSettings
 from bytelatent.vocab import BYTES
@@ -59,6 +60,9 @@ def check_machine(settings: TrainSettings, device: torch.device, dtype: torch.dt
         UserError: something is missing.
     """
     check_float8(settings.float8, device, dtype)
+    if settings.float8 is not None:
+        num_patches = expected_patches(settings.data, settings.calibration and settings.calibration.patch_bytes)
+        check_gain(settings.model, settings.float8, num_patches, settings.parallel)
     for name in settings.track:
         spec = find_spec(name)
         if spec is None or spec.origin is None:  # a folder 'wandb', such as the library leaves, is no library

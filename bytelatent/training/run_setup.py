@@ -43,7 +43,7 @@ LOGGER = logging.getLogger(__name__)
 MAY_CHANGE = {
     *("steps", "minutes", "validation", "checkpoint", "parallel", "faults"),
     *("log_every", "device", "compile", "cuda_graph", "determinism", "entropy_model"),
-    *("track", "wandb", "profile", "statistics_every"),
+    *("float8", "track", "wandb", "profile", "statistics_every"),
 }
 DATA_MAY_CHANGE = {
     "workers",

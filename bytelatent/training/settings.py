@@ -200,7 +200,8 @@ class TrainSettings(Settings):
         cuda_graph: forward and backward pass are captured once and replayed, so that the host does not hold up the
             device; one process on CUDA, and batches of one shape.
         determinism: only operations that give the same bits each time; slower on a GPU.
-        float8: `rowwise` multiplies the matrices of the global transformer in 8-bit floats, with a scale a row.
+        float8: multiply those matrices of the global transformer that gain by it in 8-bit floats, with a scale a row
+            (`rowwise`; `rowwise_with_gw_hp` leaves the gradients of weights in bfloat16) or a matrix (`tensorwise`).
     """
 
     presets: ClassVar[tuple[str, ...]] = ("model",)

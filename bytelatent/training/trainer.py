@@ -18,6 +18,7 @@ from bytelatent.model.settings import NAMES
 from bytelatent.signals import StopSignals
 from bytelatent.training.checkpoint.manager import CheckpointManager, TrainState
 from bytelatent.training.checks import check_machine, check_settings, hints_about_batches, how_to_save_memory
+from bytelatent.training.distributed.float8 import expected_patches
 from bytelatent.training.distributed.parallelize import (
     ParallelPlan,
     build_parallel_model,
@@ -116,9 +117,9 @@ class Trainer:
         torch.manual_seed(settings.seed)
         compiled = device.type == "cuda" if settings.compile == "auto" else settings.compile
         scales = settings.optimizer.lr_scale
-        model = build_parallel_model(
-            settings.model, plan, device, dtype, compiled, settings.float8, lambda name: scales.of(name) == 0
-        )
+        num_patches = expected_patches(settings.data, settings.calibration and settings.calibration.patch_bytes)
+        how = device, dtype, compiled, settings.float8, lambda name: scales.of(name) == 0, num_patches
+        model = build_parallel_model(settings.model, plan, *how)
 
         def loss(batch: Batch) -> torch.Tensor:
             with autocast(device, dtype):

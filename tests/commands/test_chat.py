@@ -72,7 +72,7 @@ def test_an_answer_is_the_continuation_of_the_prompt(chat: Chat) -> None:
     assert chat.ended == "stop"
 
 
-def test_a_turn_reads_only_what_is_new(model: Path) -> None:
+def test_an_answer_reads_only_what_is_new(model: Path) -> None:
     """And answers as one that reads the whole conversation again."""
     settings = settings_of(model, context=4000)
     chat, again = open_chat(settings), open_chat(settings)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytelatent.errors import UserError
+from bytelatent.text import sandbox
 from bytelatent.text.chat import CHAT_TEMPLATE, DEFAULT_TEMPLATE, BadMessages, ChatTemplate
 from bytelatent.vocab import BOS, EOS, encode
 
@@ -115,11 +116,26 @@ def test_what_transformers_gives_templates() -> None:
         ("{{ 'a' * 10**9 }}", "repeats something 1,000,000,000 times"),
         ("{{ 9 ** 99999 }}", "to the power of"),
         ("{% set a = 'a' * 2**20 %}{% for i in range(999) %}{{ a }}{% endfor %}", "writes more than 134,217,728"),
+        ("{% set a = namespace(a='a') %}{% for i in range(99) %}{% set a.a = a.a ~ a.a %}{% endfor %}", "makes a text"),
+        ("{% set a = namespace(a='a') %}{% for i in range(99) %}{% set a.a = a.a + a.a %}{% endfor %}", "makes a text"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
     ],
 )
 def test_bad_templates(source: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
+        ChatTemplate(source).render(TALK)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(60) }}",
+    ],
+)
+def test_templates_that_never_end(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
+    with pytest.raises(BadMessages, match=r"it runs for more than 0\.1 seconds"):
         ChatTemplate(source).render(TALK)
 
 

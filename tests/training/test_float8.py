@@ -4,20 +4,22 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 from bytelatent.errors import UserError
-from bytelatent.model import add_patches
+from bytelatent.model import add_patches, build_model, preset
 from bytelatent.model.settings import StackSettings
 from bytelatent.training import checks, train
 from bytelatent.training.checks import check_float8
-from bytelatent.training.distributed.parallelize import to_float8
+from bytelatent.training.distributed.float8 import check_gain, float8_matrices, gains, to_float8
+from bytelatent.training.distributed.settings import Float8, ParallelSettings
 from bytelatent.weights import load
 from tests.model.tiny import random_ids, random_starts, stream_of, tiny_blt
 from tests.training.tiny_runs import assert_equal_runs, blt_run, settings, weights
@@ -117,6 +119,41 @@ def test_what_will_not_do(
         check_float8("rowwise", device, dtype)
 
 
+def taken(name: str, rows: float, how: str = "rowwise", **parallel: Any) -> set[str]:
+    with torch.device("meta"):
+        model: Any = build_model(preset(name))
+    found = float8_matrices(model, how, rows, ParallelSettings(**parallel))  # type: ignore[arg-type]
+    return {one.removeprefix("stack.blocks.0.") for one in found if ".blocks." not in one or ".0." in one}
+
+
+def test_what_gains_agrees_with_the_steps_that_were_timed() -> None:
+    """8B gains with 65,536 bytes a GPU and not with 16,384; 1B does not."""
+    wide = {"projection", "feed_forward.gate", "feed_forward.up", "feed_forward.down"}
+    assert taken("blt-8b", 65_536 / 4.5) == wide
+    assert wide <= taken("blt-8b", 65_536 / 4.5, activation_checkpointing="full")
+    assert not taken("blt-8b", 16_384 / 4.5)
+    assert not taken("blt-1b", 65_536 / 4.5)
+    assert not taken("blt-1b", 1e9)  # no batch is large enough for narrow matrices
+    assert not taken("blt-8b", 65_536 / 4.5, tensor=8)  # each rank has an eighth of a matrix
+
+
+@pytest.mark.parametrize("how", ["rowwise", "rowwise_with_gw_hp", "tensorwise"])
+def test_more_patches_and_wider_matrices_gain(how: Any) -> None:
+    found = [[gains(how, rows, size, size) for size in (64, 1_024, 8_192)] for rows in (16, 4_096, 65_536)]
+    assert found[-1][-1]
+    assert not found[0][0]
+    for one, other in pairwise(found):
+        assert one <= other
+        assert all(narrow <= wide for narrow, wide in pairwise(other))
+
+
+def test_no_gain_is_refused_with_the_way_out() -> None:
+    message = r"float8: rowwise makes no product of 14,564 patches .*2048 x 5632 faster.*or leave it out: float8=null"
+    with pytest.raises(UserError, match=message):
+        check_gain(preset("blt-1b"), "rowwise", 14_564, ParallelSettings())
+    check_gain(preset("blt-8b"), "rowwise", 14_564, ParallelSettings())
+
+
 def test_a_run_that_cannot_have_it_leaves_nothing_behind(tmp_path: Path, text: Path, byte_lm: Path) -> None:
     with pytest.raises(UserError, match="float8: cpu does not"):
         train(settings(blt_run(tmp_path / "run", text, byte_lm, float8="rowwise")))
@@ -137,14 +174,18 @@ def test_torchao_keeps_names_weights_and_dtypes() -> None:
     assert {type(value) for value in model.state_dict().values()} == {torch.Tensor}
 
 
-def test_torchaos_products_are_quantized_and_near() -> None:
+@pytest.mark.parametrize("how", get_args(Float8))
+def test_torchaos_products_are_quantized_and_near(how: Float8, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao.float8")
+    # torchao asks for CUDA's autocast alone, so on a CPU its inputs would stay in float32.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: not device or device == ("cpu",))
+    monkeypatch.setattr(torch, "get_autocast_gpu_dtype", lambda: torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     ids = random_ids(generator, 90)
     batch = add_patches(stream_of([ids]), random_starts(generator, 90))
     assert batch.num_patches % 16 != 0
     model, plain = blt(), blt()
-    to_float8(model, "rowwise")
+    to_float8(model, how)
     gradients = []
     for one in (model, plain):
         with torch.autocast("cpu", torch.bfloat16):
@@ -161,6 +202,7 @@ def test_a_run_in_float8_and_its_checkpoints(
     """On a CPU, where torchao's products work, too, if slowly."""
     pytest.importorskip("torchao.float8")
     monkeypatch.setattr("bytelatent.training.checks.check_float8", lambda *_: None)
+    monkeypatch.setattr("bytelatent.training.distributed.float8.gains", lambda *_: True)
     more = {"steps": 4, "float8": "rowwise", "dtype": "bfloat16", "checkpoint": {"every": 2}}
     whole = train(settings(blt_run(tmp_path / "whole", text, byte_lm, **more)))
     cut = tmp_path / "cut"
@@ -173,5 +215,6 @@ def test_a_run_in_float8_and_its_checkpoints(
     found = weights(whole)
     assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in plain.items()}
     assert any(not torch.equal(value, plain[name]) for name, value in found.items())
+    train(settings(blt_run(tmp_path / "plain", text, byte_lm, **{**more, "steps": 5})))  # it may change within a run
     loaded: Any = load(whole).model
     assert type(loaded.global_transformer.stack.blocks[0].attention.query) is nn.Linear

@@ -46,7 +46,10 @@ WITHOUT_TABLES = [f"model={NO_TABLES}", "patching.mode=space", *ENOUGH_BLT[1:]]
             "entropy_model: this model is a byte LM and has no patches; leave patching, calibration and",
         ),
         ([*ENOUGH, "float8=rowwise"], "float8 is for the global transformer, and a byte LM has none; leave it out"),
-        ([*ENOUGH_BLT, "patching.mode=space", "float8=row"], "float8: Input should be 'rowwise', not 'row'"),
+        (
+            [*ENOUGH_BLT, "patching.mode=space", "float8=row"],
+            "float8: Input should be 'rowwise', 'rowwise_with_gw_hp' or 'tensorwise', not 'row'",
+        ),
         (ENOUGH_BLT, "patching: a BLT needs patching settings"),
         ([*ENOUGH_BLT, "patching.mode=entropy"], "needs a threshold"),
         ([*ENOUGH_BLT, "patching.mode=space", "calibration.patch_bytes=4"], "patching.mode 'space' has none"),

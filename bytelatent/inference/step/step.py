@@ -200,7 +200,7 @@ class BLTStep(ByteLMStep):
             lm_logits = self._read_byte_lm(*self._line())
         encoded_BD = self._encode()
         if self.can_wait:
-            encoded_BD = self._kept(encoded_BD)
+            encoded_BD = self._encoded_of_all(encoded_BD)
         if self.assumes_open:
             self._decode_newest(encoded_BD, buffers.slot, self.logits_BV, closes=False)
         self.side.join()
@@ -227,7 +227,7 @@ class BLTStep(ByteLMStep):
             run_if(buffers.run, close)
         with self.side.beside():
             lm_logits = self._read_byte_lm(*self._line())
-        self._decode_newest(self._kept(self._encode()), buffers.slot, self.logits_BV, closes=False)
+        self._decode_newest(self._encoded_of_all(self._encode()), buffers.slot, self.logits_BV, closes=False)
         self.side.join()
         with overlapped(False):
             decide(lm_logits, self.patching, state, buffers)
@@ -235,7 +235,7 @@ class BLTStep(ByteLMStep):
         self._take_closed()
         buffers.is_waiting.copy_(buffers.wants)
 
-    def _kept(self, encoded_BD: Tensor) -> Tensor:
+    def _encoded_of_all(self, encoded_BD: Tensor) -> Tensor:
         """The encoder's states of all slots' newest bytes, those of slots that read none included."""
         return torch.where(self.buffers.reads[:, None], encoded_BD, self.encoded_BD, out=self.encoded_BD)
 

@@ -9,7 +9,7 @@ Hash tables are row-sharded: `sharded_tables.py`.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -38,12 +38,12 @@ from bytelatent.errors import UserError
 from bytelatent.model import Block, BLTModel, CrossAttention, ModelSettings, build_model, compile_regions
 from bytelatent.model.block import init_weights
 from bytelatent.model.ngram_hash import NgramHashEmbedding
+from bytelatent.training.distributed.float8 import to_float8
 from bytelatent.training.distributed.ranks import Ranks
 from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8, ParallelSettings
 from bytelatent.training.distributed.sharded_tables import fill_from_first, is_row_sharded, shard_tables, table_on_first
 
 GROUP_WEIGHTS = 2**28  # half a gigabyte in bfloat16; two groups are gathered at a time
-FLOAT8_MULTIPLE = 16  # what both sizes of a matrix must be multiples of
 # Results that selective checkpointing saves: of matrix products and attention. The rest is cheap to recompute.
 SAVED = [
     torch.ops.aten.mm.default,
@@ -106,6 +106,7 @@ def build_parallel_model(
     compiled: bool,
     float8: Float8 | None = None,
     is_frozen: Callable[[str], bool] = lambda name: False,
+    num_patches: float | None = None,
 ) -> nn.Module:
     """The model, spread over the ranks as the plan says, with uninitialized weights: see `initialize_weights`.
 
@@ -114,13 +115,14 @@ def build_parallel_model(
 
     Args:
         is_frozen: whether a weight, by its name, gets no gradients.
+        num_patches: of a batch: by it 8-bit floats are only taken where they gain.
 
     Raises:
         UserError: there is not enough memory.
     """
     with torch.device("meta"):
         model = build_model(settings)
-    to_float8(model, float8)
+    to_float8(model, float8, num_patches, plan.settings)
     global_blocks: list[Any] = list(model.global_transformer.stack.blocks) if isinstance(model, BLTModel) else []
     sharded_tables: list[nn.Parameter] = []
     if plan.mesh is not None:
@@ -196,28 +198,6 @@ def _draw_table(part: nn.Module, table: Any) -> None:
     state = torch.get_rng_state().to(table.device)
     dist.broadcast(state, src=0)
     torch.set_rng_state(state.cpu())
-
-
-def to_float8(model: nn.Module, float8: Float8 | None) -> None:
-    """Let the matrices of a BLT's global transformer be multiplied in 8-bit floats; call `check_float8` before.
-
-    Weights stay as they are, under the same names: each step rounds them, what they are multiplied with, and the
-    gradients of the results, with a scale for each row. The rest of the model is computed as without it.
-
-    It replaces modules and keeps their weights. So it comes before whatever hooks into modules or compiles them.
-    """
-    if float8 is None:
-        return
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # pyright: ignore[reportMissingImports]
-
-    assert isinstance(model, BLTModel)
-    # A batch may have any number of patches; products over them (the gradients of weights) are padded.
-    config: Any = replace(Float8LinearConfig.from_recipe_name(float8), pad_inner_dim=True)
-
-    def takes_float8(part: nn.Module, _name: str) -> bool:
-        return isinstance(part, nn.Linear) and not any(size % FLOAT8_MULTIPLE for size in part.weight.shape)
-
-    convert_to_float8_training(model.global_transformer, config=config, module_filter_fn=takes_float8)
 
 
 def apply_activation_checkpointing(model: nn.Module, how: ActivationCheckpointing) -> None:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from bytelatent.config import Settings
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
-Float8 = Literal["rowwise"]
+Float8 = Literal["rowwise", "rowwise_with_gw_hp", "tensorwise"]  # as torchao names its recipes
 
 
 class ParallelSettings(Settings):

@@ -25,8 +25,9 @@ from bytelatent.model import (
     pack_rows,
 )
 from bytelatent.model.loss import cross_entropy
-from bytelatent.training.distributed.parallelize import apply_activation_checkpointing, to_float8
-from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8
+from bytelatent.training.distributed.float8 import to_float8
+from bytelatent.training.distributed.parallelize import apply_activation_checkpointing
+from bytelatent.training.distributed.settings import ActivationCheckpointing, Float8, ParallelSettings
 from bytelatent.training.gradients import CapturedGradients, Gradients, clip
 from bytelatent.training.optimizer import build_optimizer
 from bytelatent.training.settings import OptimizerSettings
@@ -64,6 +65,7 @@ class TrainingSetup:
     compiled: bool = False
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     float8: Float8 | None = None
+    num_patches: float | None = None  # of a batch, for `to_float8`
     checkpointing: ActivationCheckpointing = "none"
     captured: bool = False  # forward and backward pass are a CUDA graph
 
@@ -76,7 +78,9 @@ class SyntheticTraining:
         torch.manual_seed(0)
         with setup.device:
             self.model = build_model(setup.model)
-        to_float8(self.model, setup.float8)
+        to_float8(
+            self.model, setup.float8, setup.num_patches, ParallelSettings(activation_checkpointing=setup.checkpointing)
+        )
         self.optimizer = build_optimizer(self.model, setup.optimizer)
         self._work = ForwardBackward(self.model, setup.device, setup.dtype)
         self.step(*random_batch(256, setup.device, isinstance(setup.model, BLTSettings)))
