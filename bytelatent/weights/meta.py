@@ -184,6 +184,7 @@ def args_of(config: Config) -> dict[str, Any]:
     if isinstance(model, ByteLMSettings):
         attention = {"attn_bias_type": "local_block_causal" if model.window else "causal", "attn_impl": "sdpa"}
         return {**_first(FIXED), **their_settings(model, BYTE_LM_ARGS, "meta"), **attention, "max_seqlen": context}
+    own = their_settings(model, BLT_ARGS, "meta")
     for name in ("encoder", "decoder", "cross_attention"):
         part = getattr(model, name)
         if part.kv_heads != part.num_heads:
@@ -196,7 +197,7 @@ def args_of(config: Config) -> dict[str, Any]:
         "n_heads": middle.num_heads,
         "dim_token": model.encoder.dim,
         "dim_token_emb": None,
-        **their_settings(model, BLT_ARGS, "meta"),
+        **own,
         **(their_settings(model, HASH_ARGS, "meta") if model.ngram_hash is not None else NO_HASHES),
         "cross_attn_use_flex_attention": False,
         **dict.fromkeys(("max_seqlen", "max_encoder_seq_length", "max_length"), context),

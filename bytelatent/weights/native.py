@@ -350,8 +350,10 @@ def their_settings(model: ModelSettings, table: SettingsTable, format: str) -> d
     """The values of another format for a model, by their keys.
 
     Raises:
-        UserError: settings that share a key differ.
+        UserError: settings that share a key differ, or it is a BLT without cross-attention.
     """
+    if isinstance(model, BLTSettings) and model.cross_attention is None:
+        raise UserError(f"{format}: the format has no BLT without cross-attention; use native")
     values = {key: [attrgetter(name)(model) for name in settings] for key, settings in table.items()}
     for key, found in values.items():
         if any(value != found[0] for value in found):

@@ -289,8 +289,6 @@ def write_model(
             f"use {' or '.join(others)}"
         )
     model = stored.config.model
-    if chosen.column is not None and isinstance(model, BLTSettings) and model.cross_attention is None:
-        raise UserError(f"{format}: the format has no BLT without cross-attention; use native")
     for own in (model, stored.byte_lm.config.model if stored.byte_lm is not None else None):
         if chosen.column is not None and own is not None and not isinstance(own, TokenLMSettings):
             check_blocks(own, format, chosen.block_options)

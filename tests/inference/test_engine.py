@@ -101,7 +101,7 @@ FAST: dict[str, dict[str, Any]] = {
     "beside, seldom": {"beside": True, "quorum": 0.6, "max_closing": 2},
 }
 ASSUMING = ["assuming", "assuming, seldom"]
-KINDS = ["plain", *FAST]
+KINDS = ["plain", *(kind for kind in FAST if kind != "beside")]  # "beside, seldom" shows as much
 
 
 @cache

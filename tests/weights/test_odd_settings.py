@@ -81,6 +81,20 @@ def test_any_value_anywhere(format: str, data: st.DataObject, models: Path) -> N
     assert len(line) < 2000
 
 
+@pytest.mark.parametrize("format", ["hf", "meta"])
+def test_a_side_file_of_a_model_that_the_format_cannot_hold(format: str, models: Path) -> None:
+    """It is another model's, so it counts for nothing."""
+    file = models / format / "bytelatent.json"
+    text = file.read_text()
+    try:
+        file.unlink()
+        without = open_pretrained(models / format).config
+        file.write_text(json.dumps(changed(json.loads(text), ("model", "cross_attention"), None)))
+        assert open_pretrained(models / format).config == without
+    finally:
+        file.write_text(text)
+
+
 @pytest.fixture(scope="module")
 def models() -> Iterator[Path]:
     """One in each format; shared, so that each example only writes a file of settings."""
