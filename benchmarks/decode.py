@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [check] [one] [batch] [first] [8b] [prefill] [peer] [--new 512]
     python benchmarks/decode.py profile [--apart] [--slots 1 64] [--model blt-1b] [--quorum 0.33] [--closing 32]
-                                [--beside] [--library 64] [--spread]
+                                [--beside] [--cublas 64] [--spread]
     python benchmarks/decode.py slots [--slots 1 4 16 64 128 256] [--new 512] and the same options
     python benchmarks/decode.py [one8] [caches8] [cpu] [leaks --minutes 60]
 
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--quorum", type=float, default=QUORUM, help="of profile and slots")
     parser.add_argument("--closing", type=int, help="slots that close a patch in a step at most, of profile and slots")
     parser.add_argument("--beside", action="store_true", help="of profile and slots: see `CapturedSlots`")
-    parser.add_argument("--library", type=int, help="slots above which the library's products are taken, likewise")
+    parser.add_argument("--cublas", type=int, help="slots above which cuBLAS multiplies, likewise")
     parser.add_argument("--spread", action="store_true", help="products in more, smaller programs: see `spread`")
     parser.add_argument("--apart", action="store_true", help="profile: launches do not overlap, and share one stream")
     given = parser.parse_args()
@@ -249,8 +249,8 @@ def main() -> None:
     print(torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", torch.__version__, flush=True)
     if {"profile", "slots"} & set(given.what):
         decoder, closing = decoder_of(given.model), Closing(given.quorum, given.closing, given.beside)
-        if given.library is not None:
-            skinny_linear.LIBRARY_FROM = given.library
+        if given.cublas is not None:
+            skinny_linear.LIBRARY_FROM = given.cublas
         if given.spread:
             skinny_linear.launch_for = spread
         if "profile" in given.what:
